@@ -1,0 +1,126 @@
+"""The symbols a score, a mask and a reweighting are written in, and their JSON form.
+
+A site's arithmetic is sympy over a closed vocabulary, so that one printer per target (torch, Triton) covers every method:
+
+    qk            the dot product  sum_d query[b,h,i,d] * key[b,h,j,d]
+    b, h, i, j    batch, query head, query and key positions (integers from 0)
+    Nq, Nk        numbers of queries and keys (known when the kernel is launched)
+    name[b,h,i,j] a tensor operand, indexed by some of b, h, i, j in that order
+    mass_<group>  inside `Groups.weights` only: the softmax mass of that group of keys for (b, h, i), summing to one over groups
+
+The JSON form exists because a kernel's description travels through a graph as a string argument, and text is never evaluated here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
+
+QK = sympy.Symbol("qk", real=True)
+B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)
+NQ, NK = sympy.symbols("Nq Nk", integer=True, positive=True)
+
+INDICES: Mapping[str, sympy.Symbol] = {"b": B, "h": H, "i": I, "j": J}
+_SYMBOLS: Mapping[str, sympy.Symbol] = {"qk": QK, "Nq": NQ, "Nk": NK, **INDICES}
+
+# Every operator an expression may contain; anything else is refused when it is written out.
+_OPERATORS: Mapping[str, Callable[..., Any]] = {
+    "Add": sympy.Add,
+    "Mul": sympy.Mul,
+    "Pow": sympy.Pow,
+    "Mod": sympy.Mod,
+    "floor": sympy.floor,
+    "Min": sympy.Min,
+    "Max": sympy.Max,
+    "Abs": sympy.Abs,
+    "exp": sympy.exp,
+    "log": sympy.log,
+    "tanh": sympy.tanh,
+    "Equality": sympy.Eq,
+    "Unequality": sympy.Ne,
+    "LessThan": sympy.Le,
+    "StrictLessThan": sympy.Lt,
+    "GreaterThan": sympy.Ge,
+    "StrictGreaterThan": sympy.Gt,
+    "And": sympy.And,
+    "Or": sympy.Or,
+    "Not": sympy.Not,
+    "ITE": sympy.ITE,
+}
+
+
+def tensor(name: str, axes: str) -> sympy.Indexed:
+    """The operand `name` read at the given axes, a subset of "bhij" in that order, for example ``tensor("bias", "hij")``."""
+    return sympy.Indexed(sympy.IndexedBase(name, real=True), *(INDICES[axis] for axis in axes))
+
+
+def mass(group: str) -> sympy.Symbol:
+    """The softmax mass of a group of keys, for one (batch, head, query): a number in [0, 1]."""
+    return sympy.Symbol(f"mass_{group}", real=True, nonnegative=True)
+
+
+def tensors_in(*expressions: sympy.Basic) -> dict[str, str]:
+    """Every tensor operand read by the expressions, in order of name: name -> its axes, such as "bij"."""
+    found: dict[str, str] = {}
+    for expression in expressions:
+        for read in expression.atoms(sympy.Indexed):
+            found[str(read.base.label)] = "".join(str(index) for index in read.indices)
+    return dict(sorted(found.items()))
+
+
+def to_json(expression: sympy.Basic) -> Any:
+    """A JSON value for an expression of the vocabulary; raises `TypeError` for anything outside it."""
+    if isinstance(expression, BooleanTrue):
+        return True
+    if isinstance(expression, BooleanFalse):
+        return False
+    if isinstance(expression, sympy.Integer):
+        return int(expression)
+    if isinstance(expression, sympy.Float):
+        return float(expression)
+    if isinstance(expression, sympy.Rational):
+        return ["Rational", int(expression.p), int(expression.q)]
+    if isinstance(expression, sympy.Symbol):
+        return ["Symbol", expression.name]
+    if isinstance(expression, sympy.Indexed):
+        return ["Tensor", str(expression.base.label), "".join(str(index) for index in expression.indices)]
+    if isinstance(expression, sympy.Piecewise):
+        return ["Piecewise", *([to_json(value), to_json(condition)] for value, condition in expression.args)]
+    name = type(expression).__name__
+    if name not in _OPERATORS:
+        raise TypeError(f"{name} is not in the vocabulary of attention expressions (in {expression})")
+    return [name, *(to_json(argument) for argument in expression.args)]
+
+
+def from_json(value: Any) -> Any:
+    """The expression that `to_json` wrote."""
+    if isinstance(value, bool):
+        return sympy.true if value else sympy.false
+    if isinstance(value, int):
+        return sympy.Integer(value)
+    if isinstance(value, float):
+        return sympy.Float(value)
+    head, *arguments = value
+    if head == "Rational":
+        return sympy.Rational(*arguments)
+    if head == "Symbol":
+        name = arguments[0]
+        return _SYMBOLS[name] if name in _SYMBOLS else mass(name.removeprefix("mass_"))
+    if head == "Tensor":
+        return tensor(*arguments)
+    if head == "Piecewise":
+        return sympy.Piecewise(*((from_json(piece), from_json(condition)) for piece, condition in arguments))
+    return _OPERATORS[head](*(from_json(argument) for argument in arguments))
+
+
+def conjuncts(predicate: Boolean) -> tuple[Boolean, ...]:
+    """The terms of a conjunction, or the predicate itself."""
+    return tuple(predicate.args) if isinstance(predicate, sympy.And) else (predicate,)
+
+
+def is_static(expression: sympy.Basic) -> bool:
+    """True where the value depends on positions and sizes only, not on the contents of a tensor."""
+    return not expression.atoms(sympy.Indexed)

@@ -1,0 +1,50 @@
+"""A program: the sites of one captured graph, and the token operations between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from rewrite.ir.site import Site
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Visual tokens leave the stack in front of one layer: that layer and all later ones do not see them.
+
+    stack: number of the stack. layer: the first layer without visual tokens, from 0.
+    """
+
+    stack: int
+    layer: int
+    by: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """Sites in program order and token operations.
+
+    touched: (site name, pass text) for every site that a pass rewrote. declined: (site name, pass text, reason).
+    """
+
+    sites: tuple[Site, ...]
+    exits: tuple[Exit, ...] = ()
+    touched: tuple[tuple[str, str], ...] = field(default=())
+    declined: tuple[tuple[str, str, str], ...] = field(default=())
+
+    def with_site(self, site: Site, by: str) -> Program:
+        """This program with the site of that name replaced."""
+        sites = tuple(site if old.name == site.name else old for old in self.sites)
+        return replace(self, sites=sites, touched=(*self.touched, (site.name, by)))
+
+    def with_exit(self, exit_: Exit, sites: tuple[Site, ...]) -> Program:
+        """This program with one more exit, which changes the given sites."""
+        touched = tuple((site.name, exit_.by) for site in sites)
+        return replace(self, exits=(*self.exits, exit_), touched=self.touched + touched)
+
+    def with_declined(self, site: Site, by: str, reason: str) -> Program:
+        """This program, noting why a pass left a site alone."""
+        return replace(self, declined=(*self.declined, (site.name, by, reason)))
+
+    def passes_of(self, site: Site) -> tuple[str, ...]:
+        """The passes that rewrote a site, in order."""
+        return tuple(by for name, by in self.touched if name == site.name)

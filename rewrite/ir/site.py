@@ -1,0 +1,99 @@
+"""An attention site: what was recognised, where, and what it computes now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from rewrite.ir.expression import QK, conjuncts
+from rewrite.ir.operations import Attend, Body, Operation, Parameter
+
+Kind = Literal["self", "cross"]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a site's tokens lie.
+
+    grid: (H, W) of the patches in raster order, or None. prefix: tokens in front of the grid (CLS, registers).
+    visual: True where the sequence holds visual tokens among text, at positions known when the model runs.
+    """
+
+    grid: tuple[int, ...] | None = None
+    prefix: int = 0
+    visual: bool = False
+
+    def __str__(self) -> str:
+        grid = "x".join(map(str, self.grid)) if self.grid else None
+        parts = [f"{self.prefix} prefix" if self.prefix else None, f"grid {grid}" if grid else None]
+        return " + ".join(part for part in parts if part) or ("text with visual tokens" if self.visual else "sequence")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention site.
+
+    name: qualified name of the module it lies in. layer: its number among the sites of its stack, from 0. depth: how many there are.
+    stack: number of the stack (sites whose tokens are of one stream: a vision tower, a language model).
+    dims: sizes by name: B, H, Hkv, Nq, Nk, D, Dv (the traced values; for a symbolic size the value it was traced with).
+    operands: the tensors that the body may read without computing them: "query", "key", "value", the score's and the mask's tensors,
+        and where the site has them "hidden" [B, N, C] (the layer's input) and "visual" [B, N] (which new tokens are visual).
+    dropout: attention dropout that was active when the site was traced.
+    dynamic: some size was symbolic.
+    """
+
+    name: str
+    layer: int
+    depth: int
+    stack: int
+    kind: Kind
+    body: Body
+    dims: dict[str, int]
+    layout: TokenLayout
+    operands: tuple[str, ...]
+    cached: bool = False
+    dropout: float = 0.0
+    map_read: bool = False
+
+    @property
+    def attend(self) -> Attend:
+        """The site as it was recognised or as the passes so far left it, where that is a single attention."""
+        attends = self.body.attends()
+        if len(attends) != 1:
+            raise ValueError(f"{self.name} is made of {len(attends)} attentions, not one")
+        return attends[0]
+
+    @property
+    def is_plain(self) -> bool:
+        """One softmax attention and nothing else, no groups."""
+        return len(self.body.operations) == 1 and self.attend.groups is None
+
+    @property
+    def scale(self) -> sympy.Expr:
+        """The factor of `qk` in the score."""
+        return self.attend.score.coeff(QK, 1)
+
+    @property
+    def causal(self) -> bool:
+        """True where the mask lets no query see a later key (every query being aligned with the last keys, as with a KV cache)."""
+        attends = self.body.attends()
+        return any(is_causal_term(term) for term in conjuncts(attends[0].mask)) if attends else False
+
+    def with_operations(self, *operations: Operation, parameters: tuple[Parameter, ...] = ()) -> Site:
+        """This site computing something else."""
+        return replace(self, body=Body(operations, self.body.parameters + parameters))
+
+
+def is_causal_term(term: Boolean) -> bool:
+    """True for  j <= i + c  in any spelling sympy brings it to."""
+    if not isinstance(term, sympy.Rel) or isinstance(term, sympy.Eq | sympy.Ne):
+        return False
+    slack = term.gts - term.lts
+    names = {symbol.name for symbol in slack.free_symbols}
+    if not {"i", "j"} <= names or not names <= {"i", "j", "Nq", "Nk"}:
+        return False
+    symbols = {symbol.name: symbol for symbol in slack.free_symbols}
+    return slack.coeff(symbols["i"]) == 1 and slack.coeff(symbols["j"]) == -1
