@@ -1,0 +1,227 @@
+"""What the IR means: every operation evaluated densely with torch, as the definition and not as a fast way.
+
+Verification compares a recognised region with this, and every lowering is judged against it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import BooleanFalse, BooleanTrue
+from torch.nn import functional
+
+from rewrite.ir.expression import INDICES, QK
+from rewrite.ir.operations import Attend, Body, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Sum
+
+Value = Any  # a tensor, or a Python number where an expression is constant
+
+
+def _fold(function: Callable[[Value, Value], Value]) -> Callable[..., Value]:
+    return lambda *arguments: functools.reduce(function, arguments)
+
+
+def _minimum(left: Value, right: Value) -> Value:
+    return torch.minimum(torch.as_tensor(left), torch.as_tensor(right))
+
+
+def _maximum(left: Value, right: Value) -> Value:
+    return torch.maximum(torch.as_tensor(left), torch.as_tensor(right))
+
+
+def _elementwise(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Value], Value]:
+    return lambda argument: function(torch.as_tensor(argument))
+
+
+def _floor(argument: Value) -> Value:
+    """floor of an exact quotient: integers stay integers."""
+    return argument if isinstance(argument, int) or not torch.as_tensor(argument).is_floating_point() else torch.as_tensor(argument).floor()
+
+
+# One row per operator of the vocabulary: sympy class name -> what it does to values.
+_EVALUATE: Mapping[str, Callable[..., Value]] = {
+    "Add": _fold(operator.add),
+    "Mul": _fold(operator.mul),
+    "Pow": operator.pow,
+    "Mod": operator.mod,
+    "floor": _floor,
+    "Min": _fold(_minimum),
+    "Max": _fold(_maximum),
+    "Abs": abs,
+    "exp": _elementwise(torch.exp),
+    "log": _elementwise(torch.log),
+    "tanh": _elementwise(torch.tanh),
+    "Equality": operator.eq,
+    "Unequality": operator.ne,
+    "LessThan": operator.le,
+    "StrictLessThan": operator.lt,
+    "GreaterThan": operator.ge,
+    "StrictGreaterThan": operator.gt,
+    "And": _fold(operator.and_),
+    "Or": _fold(operator.or_),
+    "Not": lambda argument: torch.as_tensor(argument).logical_not(),
+    "ITE": lambda condition, yes, no: torch.where(torch.as_tensor(condition), torch.as_tensor(yes), torch.as_tensor(no)),
+}
+
+
+def evaluate_expression(expression: sympy.Basic, values: Mapping[str, Value]) -> Value:
+    """The expression with symbols and tensors looked up by name, all broadcast against [B, H, Nq, Nk].
+
+    Integer division appears as floor(x / n) and is done in integers, so that positions stay exact.
+    """
+    if isinstance(expression, BooleanTrue | BooleanFalse):
+        return bool(expression)
+    if isinstance(expression, sympy.Integer):
+        return int(expression)
+    if isinstance(expression, sympy.Rational | sympy.Float):
+        return float(expression)
+    if isinstance(expression, sympy.Symbol):
+        return values[expression.name]
+    if isinstance(expression, sympy.Indexed):
+        return values[str(expression.base.label)]
+    if isinstance(expression, sympy.floor):
+        numerator, denominator = sympy.fraction(sympy.together(expression.args[0]))
+        if denominator.is_Integer and denominator != 1:
+            return evaluate_expression(numerator, values) // int(denominator)
+    if isinstance(expression, sympy.Piecewise):
+        result: Value = None
+        for piece, condition in reversed(expression.args):
+            value = evaluate_expression(piece, values)
+            holds = evaluate_expression(condition, values)
+            # A last piece without an `otherwise` covers all that is left, by the vocabulary's convention.
+            result = value if result is None or holds is True else torch.where(
+                torch.as_tensor(holds), torch.as_tensor(value), torch.as_tensor(result)
+            )
+        return result
+    return _EVALUATE[type(expression).__name__](*(evaluate_expression(argument, values) for argument in expression.args))
+
+
+def aligned(tensor: torch.Tensor, axes: str) -> torch.Tensor:
+    """A tensor with the given axes (of "bhij") as one that broadcasts against [B, H, Nq, Nk]."""
+    shape = [1, 1, 1, 1]
+    for axis, size in zip(axes, tensor.shape, strict=True):
+        shape["bhij".index(axis)] = size
+    return tensor.reshape(shape)
+
+
+def positions(n_queries: int, n_keys: int, device: torch.device, queries: slice = slice(None)) -> dict[str, Value]:
+    """Values of i, j, Nq and Nk for evaluating expressions, optionally for some of the queries only."""
+    return {
+        "i": torch.arange(n_queries, device=device)[queries].view(1, 1, -1, 1),
+        "j": torch.arange(n_keys, device=device).view(1, 1, 1, -1),
+        "Nq": n_queries,
+        "Nk": n_keys,
+    }
+
+
+def attention_weights(operation: Attend, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The map [B, H, Nq, Nk] that `operation` multiplies the values by, groups included."""
+    query, key = values[operation.query], values[operation.key]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    dot = query @ key.transpose(-2, -1)
+    batch, heads, n_queries, n_keys = dot.shape
+    environment: dict[str, Value] = {
+        **positions(n_queries, n_keys, dot.device),
+        "b": torch.arange(batch, device=dot.device).view(-1, 1, 1, 1),
+        "h": torch.arange(heads, device=dot.device).view(1, -1, 1, 1),
+        "qk": dot,
+        **{name: aligned(values[name], axes) for name, axes in operation.tensors().items()},
+    }
+    score = torch.as_tensor(evaluate_expression(operation.score, environment)).expand_as(dot)
+    seen = torch.as_tensor(evaluate_expression(operation.mask, environment), device=dot.device).expand_as(dot)
+    weights = score.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    if operation.groups is None:
+        return weights
+    member = aligned(values[operation.groups.membership], "bj")
+    for index, name in enumerate(operation.groups.names):
+        environment[f"mass_{name}"] = (weights * (member == index)).sum(-1, keepdim=True)
+    factor = torch.zeros_like(weights)
+    for index, weight in enumerate(operation.groups.weights):
+        chosen = torch.as_tensor(evaluate_expression(weight, environment), dtype=weights.dtype, device=weights.device)
+        factor = torch.where(member == index, chosen, factor)
+    return weights * factor
+
+
+def attend(operation: Attend, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, H, Nq, Dv]."""
+    weights, value = attention_weights(operation, values), values[operation.value]
+    return weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+
+
+def pool(operation: Pool, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    source = values[operation.source][:, :, operation.prefix :]
+    batch, heads, _, width = source.shape
+    image = source.transpose(-2, -1).reshape(batch * heads, width, *operation.grid)
+    adaptive = functional.adaptive_avg_pool1d if len(operation.grid) == 1 else functional.adaptive_avg_pool2d
+    return adaptive(image, operation.size).reshape(batch, heads, width, -1).transpose(-2, -1)  # type: ignore[operator]
+
+
+def depthwise_conv(operation: DepthwiseConv, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    source, weight = values[operation.source], values[operation.weight]
+    batch, heads, tokens, width = source.shape
+    image = source[:, :, operation.prefix :].transpose(-2, -1).reshape(batch, heads * width, *operation.grid)
+    convolved = functional.conv2d(image, weight, values[operation.bias], padding=weight.shape[-1] // 2, groups=heads * width)
+    rows = convolved.reshape(batch, heads, width, tokens - operation.prefix).transpose(-2, -1)
+    return functional.pad(rows, (0, 0, operation.prefix, 0))
+
+
+def grid_bias(operation: GridBias, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    table = values[operation.table]
+    resized = functional.interpolate(table, size=operation.grid, mode="bilinear", align_corners=False)
+    bias = (resized + values[operation.rows][0] + values[operation.columns][0]).flatten(-2).unsqueeze(0)
+    if operation.prefix is not None:
+        bias = torch.cat([values[operation.prefix], bias], dim=-1)
+    return bias.transpose(-2, -1) if operation.transposed else bias
+
+
+TEXT, VISUAL, VISUAL_SINK, TEXT_SINK = range(4)
+
+
+def sink_groups(
+    operation: SinkGroups, values: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The operation's three results; `cached` [B, earlier] holds the groups that tokens of a KV cache were given."""
+    hidden, visual = values[operation.hidden], values[operation.visual]
+    rms = hidden.float() * torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + operation.epsilon)
+    chosen = rms[..., list(operation.dims)] if operation.dims else rms
+    sink = chosen.abs().amax(-1) > operation.threshold
+    codes = torch.where(visual, torch.where(sink, VISUAL_SINK, VISUAL), torch.where(sink, TEXT_SINK, TEXT)).to(torch.int32)
+    new = codes.shape[1]
+    if cached is not None:
+        codes = torch.cat([cached.expand(codes.shape[0], -1), codes], dim=1)
+    is_visual = (codes == VISUAL) | (codes == VISUAL_SINK)
+    place = torch.arange(codes.shape[1], device=codes.device)
+    last_visual = torch.where(is_visual, place, -1).amax(1, keepdim=True)
+    active = (place[-new:] > last_visual) & (codes == VISUAL_SINK).any(1, keepdim=True)
+    return codes, active.to(torch.int32), is_visual.sum(1).to(torch.float32)
+
+
+def evaluate_operation(
+    operation: Operation, values: dict[str, torch.Tensor], cached: torch.Tensor | None = None
+) -> None:
+    """Add the operation's results to `values`."""
+    match operation:
+        case Attend():
+            values[operation.result] = attend(operation, values)
+        case Pool():
+            values[operation.result] = pool(operation, values)
+        case DepthwiseConv():
+            values[operation.result] = depthwise_conv(operation, values)
+        case GridBias():
+            values[operation.result] = grid_bias(operation, values)
+        case Sum():
+            values[operation.result] = functools.reduce(operator.add, (values[term] for term in operation.terms))
+        case SinkGroups():
+            values[operation.result], values[operation.active], values[operation.count] = sink_groups(operation, values, cached)
+
+
+def evaluate(body: Body, operands: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The site's output [B, H, Nq, Dv] from its operands, densely, in their dtype."""
+    values = dict(operands)
+    for operation in body.operations:
+        evaluate_operation(operation, values)
+    return values[body.result]
