@@ -1,0 +1,8 @@
+"""The published methods, one file each, in folders by family; importing this package registers all of them."""
+
+from passes.linearize.agent import Agent
+from passes.prune.token_exit import TokenExit
+from passes.redistribute.sink_redistribution import SinkRedistribution
+from passes.sparsify.neighborhood import Neighborhood
+
+__all__ = ["Agent", "Neighborhood", "SinkRedistribution", "TokenExit"]

@@ -26,6 +26,9 @@ NQ, NK = sympy.symbols("Nq Nk", integer=True, positive=True)
 INDICES: Mapping[str, sympy.Symbol] = {"b": B, "h": H, "i": I, "j": J}
 _SYMBOLS: Mapping[str, sympy.Symbol] = {"qk": QK, "Nq": NQ, "Nk": NK, **INDICES}
 
+# What the names of the groups' masses begin with.
+_MASS = "mass_"
+
 # Every operator an expression may contain; anything else is refused when it is written out.
 _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Add": sympy.Add,
@@ -59,7 +62,7 @@ def tensor(name: str, axes: str) -> sympy.Indexed:
 
 def mass(group: str) -> sympy.Symbol:
     """The softmax mass of a group of keys, for one (batch, head, query): a number in [0, 1]."""
-    return sympy.Symbol(f"mass_{group}", real=True, nonnegative=True)
+    return sympy.Symbol(f"{_MASS}{group}", real=True, nonnegative=True)
 
 
 def tensors_in(*expressions: sympy.Basic) -> dict[str, str]:
@@ -84,6 +87,8 @@ def to_json(expression: sympy.Basic) -> Any:
     if isinstance(expression, sympy.Rational):
         return ["Rational", int(expression.p), int(expression.q)]
     if isinstance(expression, sympy.Symbol):
+        if expression.name not in _SYMBOLS and not expression.name.startswith(_MASS):
+            raise TypeError(f"the symbol {expression.name} is not in the vocabulary of attention expressions")
         return ["Symbol", expression.name]
     if isinstance(expression, sympy.Indexed):
         return ["Tensor", str(expression.base.label), "".join(str(index) for index in expression.indices)]
@@ -96,7 +101,7 @@ def to_json(expression: sympy.Basic) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The expression that `to_json` wrote."""
+    """The expression that `to_json` wrote; raises `TypeError` for a name outside the vocabulary."""
     if isinstance(value, bool):
         return sympy.true if value else sympy.false
     if isinstance(value, int):
@@ -108,11 +113,15 @@ def from_json(value: Any) -> Any:
         return sympy.Rational(*arguments)
     if head == "Symbol":
         name = arguments[0]
-        return _SYMBOLS[name] if name in _SYMBOLS else mass(name.removeprefix("mass_"))
+        if name not in _SYMBOLS and not name.startswith(_MASS):
+            raise TypeError(f"the symbol {name} is not in the vocabulary of attention expressions")
+        return _SYMBOLS[name] if name in _SYMBOLS else mass(name.removeprefix(_MASS))
     if head == "Tensor":
         return tensor(*arguments)
     if head == "Piecewise":
         return sympy.Piecewise(*((from_json(piece), from_json(condition)) for piece, condition in arguments))
+    if head not in _OPERATORS:
+        raise TypeError(f"{head} is not in the vocabulary of attention expressions")
     return _OPERATORS[head](*(from_json(argument) for argument in arguments))
 
 

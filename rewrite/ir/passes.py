@@ -7,6 +7,7 @@ from abc import ABC
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
+import sympy
 import torch
 
 from rewrite.ir.errors import PassError
@@ -43,8 +44,8 @@ class Fits:
         """Why a site does not fit, in words, or None."""
         checks: tuple[tuple[bool, str], ...] = (
             (site.kind not in self.kinds, f"it is {site.kind}-attention, the pass is for {' or '.join(sorted(self.kinds))}-attention"),
-            (self.causal is True and not site.causal, "it is not causal"),
-            (self.causal is False and site.causal, "it is causal, and the method is defined for non-causal attention"),
+            (self.causal is True and not is_causal(site), "it is not causal"),
+            (self.causal is False and is_causal(site), "it is causal, and the method is defined for non-causal attention"),
             (self.grid and (site.layout.grid is None or len(site.layout.grid) != 2), "its tokens lie on no grid that was found"),
             (self.visual and not site.layout.visual, "no visual tokens were found among its keys"),
             (self.hidden and "hidden" not in site.operands, "the hidden states that enter its layer were not found"),
@@ -55,12 +56,19 @@ class Fits:
         return next((reason for failed, reason in checks if failed), None)
 
 
+def is_causal(site: Site) -> bool:
+    """True where no query sees a later key: by the mask, or as one unmasked query at the end of a KV cache, which has no later key."""
+    one_step = site.cached and site.dims["Nq"] == 1 and all(attend.mask == sympy.true for attend in site.body.attends())
+    return site.causal or one_step
+
+
 @dataclass(frozen=True)
 class AttentionInputs:
     """What a pass's `reference` is given: a site's tensors as the model has them.
 
     query [B, H, Nq, D], key [B, H, Nk, D], value [B, H, Nk, Dv] (heads repeated where the model shares them), logits [B, H, Nq, Nk]
-    (scaled and biased scores, -inf where masked), hidden [B, N, C] or None, visual [B, N] bool or None, site.
+    (scaled and biased scores, -inf where masked), site as recognised, hidden [B, Nk, C] or None, visual [B, Nk] bool or None (of every
+    key, those in a KV cache included; queries are the last Nq of them), parameters: what the pass added, by name.
     """
 
     query: torch.Tensor
@@ -90,7 +98,7 @@ class Pass(ABC):
     fits: ClassVar[Fits] = Fits()
     excludes: ClassVar[tuple[str, ...]] = ()
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  (a pass without parameters has nothing to check)
         """Raise `PassError` where a parameter is out of its range. Called at construction."""
 
     def __post_init__(self) -> None:
@@ -126,8 +134,10 @@ class Pass(ABC):
                 program = program.with_declined(site, str(self), reason)
                 continue
             changed = self.transform(site)
-            program = program.with_site(changed, str(self)) if changed != site else program.with_declined(
-                site, str(self), "the setting changes nothing here"
+            program = (
+                program.with_site(changed, str(self))
+                if changed != site
+                else program.with_declined(site, str(self), "the setting changes nothing here")
             )
         return program
 
@@ -155,4 +165,4 @@ def parameter(default: Any, help_: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_})
 
 
-__all__ = ["PHASES", "AttentionInputs", "Family", "Fits", "Parameter", "Pass", "parameter"]
+__all__ = ["PHASES", "AttentionInputs", "Family", "Fits", "Parameter", "Pass", "is_causal", "parameter"]

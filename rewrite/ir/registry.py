@@ -9,6 +9,8 @@ import ast
 import dataclasses
 import difflib
 import importlib
+import keyword
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -30,9 +32,14 @@ def register_pass(cls: PassClass) -> PassClass:
         raise PassError(f"register_pass: {cls!r} does not derive from rewrite.Pass")
     if "__dataclass_fields__" not in cls.__dict__ or not cls.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         raise PassError(f"register_pass: {cls.__name__} is not a frozen dataclass; put @dataclass(frozen=True) under @register_pass")
-    missing = [fact for fact in ("name", "family", "paper", "formula") if not isinstance(getattr(cls, fact, None), str)]
+    facts = {fact: getattr(cls, fact, None) for fact in ("name", "family", "paper", "formula")}
+    missing = [fact for fact, value in facts.items() if not isinstance(value, str) or not value.strip()]
     if missing:
         raise PassError(f"register_pass: {cls.__name__} does not say its {', '.join(missing)}")
+    if not cls.name.isidentifier() or keyword.iskeyword(cls.name):
+        raise PassError(
+            f"register_pass: {cls.__name__}.name is {cls.name!r}; it must be an identifier, to be written as name(parameter=...)"
+        )
     if not any(cls.family in phase for phase in PHASES):
         raise PassError(f"register_pass: {cls.__name__}.family is {cls.family!r}; it must be prune, redistribute, sparsify or linearize")
     known = _REGISTRY.get(cls.name)
@@ -62,7 +69,7 @@ def parse_pass(text: str) -> Pass:
     """The pass that a text such as ``evit(keep=0.7, layers=[3, 6, 9])`` names."""
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise PassError(f"{text!r} is not a pass: write name or name(parameter=literal, ...) ({error})") from None
     if isinstance(tree, ast.Name):
         return build_pass(pass_class(tree.id), {})
@@ -72,15 +79,15 @@ def parse_pass(text: str) -> Pass:
         raise PassError(f"{text!r}: parameters are given by name, {tree.func.id}(parameter=literal)")
     cls = pass_class(tree.func.id)
     values: dict[str, Any] = {}
-    for keyword in tree.keywords:
-        if keyword.arg is None:
+    for given in tree.keywords:
+        if given.arg is None:
             raise PassError(f"{text!r}: ** is not a literal")
-        if keyword.arg in values:
-            raise PassError(f"{text!r}: {keyword.arg} is given twice")
+        if given.arg in values:
+            raise PassError(f"{text!r}: {given.arg} is given twice")
         try:
-            values[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError:
-            raise PassError(f"{text!r}: the value of {keyword.arg} is not a literal; text is parsed, never evaluated") from None
+            values[given.arg] = ast.literal_eval(given.value)
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            raise PassError(f"{text!r}: the value of {given.arg} is not a literal; text is parsed, never evaluated") from None
     return build_pass(cls, values)
 
 
@@ -88,12 +95,13 @@ def build_pass(cls: type[Pass], values: dict[str, Any]) -> Pass:
     """An instance of a pass class; `PassError` for a parameter it does not have or a value of another type."""
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
+    converted: dict[str, Any] = {}
     for name, value in values.items():
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(fields) or 'none'}"
             raise PassError(f"{cls.name} has no parameter {name!r}; {hint}")
-        values[name] = _converted(cls, name, value, hints[name])
+        converted[name] = _converted(cls, name, value, hints[name])
     missing = [
         field.name
         for field in fields.values()
@@ -101,37 +109,52 @@ def build_pass(cls: type[Pass], values: dict[str, Any]) -> Pass:
     ]
     if missing:
         raise PassError(f"{cls.name} needs a value for {', '.join(missing)}")
-    return cls(**values)
+    return cls(**converted)
 
 
 def _converted(cls: type[Pass], name: str, value: Any, hint: Any) -> Any:
     """The value as the hinted type (lists become tuples, integers floats); `PassError` where it is of none of the hinted types."""
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if isinstance(value, list):
-        value = tuple(value)
     for option in options:
-        if _is_a(value, option):
-            return value
-    if float in options and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    wanted = " or ".join(getattr(option, "__name__", str(option)) if option is not type(None) else "None" for option in options)
+        result = _as_a(value, option)
+        if result is not _NO:
+            return result
+    wanted = " or ".join(_type_text(option) for option in options)
     raise PassError(f"{cls.name}: {name}={value!r} is of type {type(value).__name__}; it must be {wanted}")
 
 
-def _is_a(value: Any, hint: Any) -> bool:
+_NO: Any = object()  # what `_as_a` answers for a value of another type
+
+
+def _as_a(value: Any, hint: Any) -> Any:
+    """The value as one hinted type, or `_NO`. Booleans are no integers; integers that a float can hold are floats."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        return value in arguments and type(value) in {type(argument) for argument in arguments}
+        return next((value for argument in arguments if type(value) is type(argument) and value == argument), _NO)
     if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
+        if not isinstance(value, tuple | list):
+            return _NO
         items = arguments[:1] * len(value) if len(arguments) == 2 and arguments[1] is Ellipsis else arguments
-        return len(items) == len(value) and all(_is_a(entry, item) for entry, item in zip(value, items, strict=True))
+        if len(items) != len(value):
+            return _NO
+        entries = tuple(_as_a(entry, item) for entry, item in zip(value, items, strict=True))
+        return _NO if any(entry is _NO for entry in entries) else entries
     if hint is type(None):
-        return value is None
-    if hint is int or hint is float:
-        return type(value) is hint
-    return isinstance(value, hint)
+        return value if value is None else _NO
+    if hint is float and type(value) is int:
+        return float(value) if abs(value) <= sys.float_info.max else _NO
+    if hint in (int, float):
+        return value if type(value) is hint else _NO
+    return value if isinstance(value, hint) else _NO
+
+
+def _type_text(hint: Any) -> str:
+    """A type as a message names it: None, 'all', tuple[int, ...], int."""
+    if hint is type(None):
+        return "None"
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(map(repr, typing.get_args(hint)))
+    return str(hint) if typing.get_origin(hint) is not None else str(getattr(hint, "__name__", hint))
 
 
 def as_passes(passes: Sequence[str | Pass] | str | Pass) -> tuple[Pass, ...]:

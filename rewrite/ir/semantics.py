@@ -15,26 +15,55 @@ import torch
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 from torch.nn import functional
 
-from rewrite.ir.expression import INDICES, QK
 from rewrite.ir.operations import Attend, Body, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Sum
+from rewrite.ir.program import Program
+from rewrite.ir.site import Site
 
 Value = Any  # a tensor, or a Python number where an expression is constant
 
 
+def _tensor(value: Value) -> torch.Tensor:
+    """A number as a tensor without axes, in double precision: it takes on the precision of the tensors it meets."""
+    return torch.as_tensor(value, dtype=torch.float64) if isinstance(value, float) else torch.as_tensor(value)
+
+
+def _exact(function: Callable[[Value, Value], Value]) -> Callable[[Value, Value], Value]:
+    """Integer positions that meet a fraction become doubles; torch would take them to its default precision."""
+
+    def apply(left: Value, right: Value) -> Value:
+        if isinstance(left, float) and isinstance(right, torch.Tensor) and not right.is_floating_point():
+            right = right.double()
+        if isinstance(right, float) and isinstance(left, torch.Tensor) and not left.is_floating_point():
+            left = left.double()
+        return function(left, right)
+
+    return apply
+
+
 def _fold(function: Callable[[Value, Value], Value]) -> Callable[..., Value]:
-    return lambda *arguments: functools.reduce(function, arguments)
+    return lambda *arguments: functools.reduce(_exact(function), arguments)
+
+
+def _power(base: Value, exponent: Value) -> Value:
+    if isinstance(base, torch.Tensor) and not base.is_floating_point() and isinstance(exponent, int) and exponent < 0:
+        base = base.double()
+    return base**exponent
 
 
 def _minimum(left: Value, right: Value) -> Value:
-    return torch.minimum(torch.as_tensor(left), torch.as_tensor(right))
+    return torch.minimum(_tensor(left), _tensor(right))
 
 
 def _maximum(left: Value, right: Value) -> Value:
-    return torch.maximum(torch.as_tensor(left), torch.as_tensor(right))
+    return torch.maximum(_tensor(left), _tensor(right))
 
 
 def _elementwise(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Value], Value]:
-    return lambda argument: function(torch.as_tensor(argument))
+    def apply(argument: Value) -> torch.Tensor:
+        value = _tensor(argument)
+        return function(value if value.is_floating_point() else value.double())
+
+    return apply
 
 
 def _floor(argument: Value) -> Value:
@@ -46,7 +75,7 @@ def _floor(argument: Value) -> Value:
 _EVALUATE: Mapping[str, Callable[..., Value]] = {
     "Add": _fold(operator.add),
     "Mul": _fold(operator.mul),
-    "Pow": operator.pow,
+    "Pow": _fold(_power),
     "Mod": operator.mod,
     "floor": _floor,
     "Min": _fold(_minimum),
@@ -64,8 +93,19 @@ _EVALUATE: Mapping[str, Callable[..., Value]] = {
     "And": _fold(operator.and_),
     "Or": _fold(operator.or_),
     "Not": lambda argument: torch.as_tensor(argument).logical_not(),
-    "ITE": lambda condition, yes, no: torch.where(torch.as_tensor(condition), torch.as_tensor(yes), torch.as_tensor(no)),
+    "ITE": lambda condition, yes, no: torch.where(_tensor(condition), _tensor(yes), _tensor(no)),
 }
+
+
+def _without_fractions(relation: sympy.Rel) -> sympy.Rel:
+    """The relation between integers that a relation between fractions of positions is, so that it holds exactly.
+
+    sympy itself makes such fractions: it takes  floor(j / 9) >= n  to  j / 9 >= n.
+    """
+    if relation.atoms(sympy.Indexed, sympy.Float) or any(symbol.name == "qk" for symbol in relation.free_symbols):
+        return relation
+    numerator, denominator = sympy.fraction(sympy.together(relation.lhs - relation.rhs))
+    return relation.func(numerator, 0) if denominator.is_Integer and denominator > 1 else relation
 
 
 def evaluate_expression(expression: sympy.Basic, values: Mapping[str, Value]) -> Value:
@@ -87,15 +127,15 @@ def evaluate_expression(expression: sympy.Basic, values: Mapping[str, Value]) ->
         numerator, denominator = sympy.fraction(sympy.together(expression.args[0]))
         if denominator.is_Integer and denominator != 1:
             return evaluate_expression(numerator, values) // int(denominator)
+    if isinstance(expression, sympy.Rel):
+        expression = _without_fractions(expression)
     if isinstance(expression, sympy.Piecewise):
         result: Value = None
         for piece, condition in reversed(expression.args):
             value = evaluate_expression(piece, values)
             holds = evaluate_expression(condition, values)
             # A last piece without an `otherwise` covers all that is left, by the vocabulary's convention.
-            result = value if result is None or holds is True else torch.where(
-                torch.as_tensor(holds), torch.as_tensor(value), torch.as_tensor(result)
-            )
+            result = value if result is None or holds is True else torch.where(_tensor(holds), _tensor(value), _tensor(result))
         return result
     return _EVALUATE[type(expression).__name__](*(evaluate_expression(argument, values) for argument in expression.args))
 
@@ -131,7 +171,7 @@ def attention_weights(operation: Attend, values: Mapping[str, torch.Tensor]) -> 
         "qk": dot,
         **{name: aligned(values[name], axes) for name, axes in operation.tensors().items()},
     }
-    score = torch.as_tensor(evaluate_expression(operation.score, environment)).expand_as(dot)
+    score = torch.as_tensor(evaluate_expression(operation.score, environment), dtype=dot.dtype, device=dot.device).expand_as(dot)
     seen = torch.as_tensor(evaluate_expression(operation.mask, environment), device=dot.device).expand_as(dot)
     weights = score.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
     if operation.groups is None:
@@ -155,7 +195,9 @@ def attend(operation: Attend, values: Mapping[str, torch.Tensor]) -> torch.Tenso
 def pool(operation: Pool, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     source = values[operation.source][:, :, operation.prefix :]
     batch, heads, _, width = source.shape
-    image = source.transpose(-2, -1).reshape(batch * heads, width, *operation.grid)
+    # Along a sequence the number of tokens is the call's own; a grid is fixed.
+    grid = operation.grid if len(operation.grid) > 1 else source.shape[2:3]
+    image = source.transpose(-2, -1).reshape(batch * heads, width, *grid)
     adaptive = functional.adaptive_avg_pool1d if len(operation.grid) == 1 else functional.adaptive_avg_pool2d
     return adaptive(image, operation.size).reshape(batch, heads, width, -1).transpose(-2, -1)  # type: ignore[operator]
 
@@ -219,9 +261,44 @@ def evaluate_operation(
             values[operation.result], values[operation.active], values[operation.count] = sink_groups(operation, values, cached)
 
 
-def evaluate(body: Body, operands: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The site's output [B, H, Nq, Dv] from its operands, densely, in their dtype."""
+def evaluate(body: Body, operands: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None) -> torch.Tensor:
+    """The site's output [B, H, Nq, Dv] from its operands, densely, in their dtype; `cached` as in `sink_groups`."""
     values = dict(operands)
     for operation in body.operations:
-        evaluate_operation(operation, values)
+        evaluate_operation(operation, values, cached)
     return values[body.result]
+
+
+def evaluate_site(
+    program: Program,
+    site: Site,
+    operands: Mapping[str, torch.Tensor],
+    visual: torch.Tensor | None = None,
+    cached: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The site's output [B, H, Nq, Dv] in its program: where visual tokens have left, the site computed on the kept tokens alone.
+
+    visual [B, Nk] tells which keys are visual; the queries are the last Nq of them. Rows of tokens that have left are NaN.
+    """
+    has_left = any(exit_.stack == site.stack and site.layer >= exit_.layer for exit_ in program.exits)
+    if not has_left:
+        return evaluate(site.body, operands, cached)
+    if visual is None:
+        raise ValueError(f"tokens have left {site.name}; which ones are visual must be given")
+    axes = {"query": "bhi", "key": "bhj", "value": "bhj", "hidden": "bi", "visual": "bi"}
+    for attend_ in site.body.attends():
+        axes.update(attend_.tensors())
+    queries, rows = operands["query"].shape[2], []
+    for row, keep in enumerate(~visual):
+        kept = {"i": keep[-queries:].nonzero().flatten(), "j": keep.nonzero().flatten()}
+        own = dict(operands)
+        for name in own.keys() & axes.keys():
+            for axis, letter in enumerate(axes[name]):
+                index = torch.tensor([row]) if letter == "b" else kept.get(letter)
+                if index is not None and own[name].shape[axis] > 1:
+                    own[name] = own[name].index_select(axis, index.to(own[name].device))
+        own_cached = None if cached is None else cached[row : row + 1, keep[: cached.shape[1]]]
+        output = evaluate(site.body, own, own_cached)[0]
+        full = output.new_full((output.shape[0], queries, output.shape[2]), torch.nan)
+        rows.append(full.index_copy(1, kept["i"].to(full.device), output))
+    return torch.stack(rows)

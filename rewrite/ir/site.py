@@ -8,7 +8,7 @@ from typing import Literal
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from rewrite.ir.expression import QK, conjuncts
+from rewrite.ir.expression import NK, NQ, QK, conjuncts
 from rewrite.ir.operations import Attend, Body, Operation, Parameter
 
 Kind = Literal["self", "cross"]
@@ -41,8 +41,10 @@ class Site:
     dims: sizes by name: B, H, Hkv, Nq, Nk, D, Dv (the traced values; for a symbolic size the value it was traced with).
     operands: the tensors that the body may read without computing them: "query", "key", "value", the score's and the mask's tensors,
         and where the site has them "hidden" [B, N, C] (the layer's input) and "visual" [B, N] (which new tokens are visual).
+    cached: keys of earlier calls are read from a KV cache.
     dropout: attention dropout that was active when the site was traced.
-    dynamic: some size was symbolic.
+    map_read: the attention map is read elsewhere in the model too.
+    hides_later: a mask tensor was found to hide every later key (a causal mask that the model builds itself).
     """
 
     name: str
@@ -57,6 +59,7 @@ class Site:
     cached: bool = False
     dropout: float = 0.0
     map_read: bool = False
+    hides_later: bool = False
 
     @property
     def attend(self) -> Attend:
@@ -74,12 +77,14 @@ class Site:
     @property
     def scale(self) -> sympy.Expr:
         """The factor of `qk` in the score."""
-        return self.attend.score.coeff(QK, 1)
+        return sympy.expand(self.attend.score).coeff(QK, 1)
 
     @property
     def causal(self) -> bool:
         """True where the mask lets no query see a later key (every query being aligned with the last keys, as with a KV cache)."""
         attends = self.body.attends()
+        if self.hides_later:
+            return True
         return any(is_causal_term(term) for term in conjuncts(attends[0].mask)) if attends else False
 
     def with_operations(self, *operations: Operation, parameters: tuple[Parameter, ...] = ()) -> Site:
@@ -88,7 +93,7 @@ class Site:
 
 
 def is_causal_term(term: Boolean) -> bool:
-    """True for  j <= i + c  in any spelling sympy brings it to."""
+    """True for  j <= i + c  with c <= 0 or c <= Nk - Nq, in any spelling sympy brings it to."""
     if not isinstance(term, sympy.Rel) or isinstance(term, sympy.Eq | sympy.Ne):
         return False
     slack = term.gts - term.lts
@@ -96,4 +101,8 @@ def is_causal_term(term: Boolean) -> bool:
     if not {"i", "j"} <= names or not names <= {"i", "j", "Nq", "Nk"}:
         return False
     symbols = {symbol.name: symbol for symbol in slack.free_symbols}
-    return slack.coeff(symbols["i"]) == 1 and slack.coeff(symbols["j"]) == -1
+    ahead = sympy.expand(slack - symbols["i"] + symbols["j"])
+    aligned = sympy.expand(ahead - NK + NQ)
+    # j < i + 1 is j <= i: positions are integers.
+    most = 1 if isinstance(term, sympy.StrictLessThan | sympy.StrictGreaterThan) else 0
+    return any(offset.is_number and bool(offset <= most) for offset in (ahead, aligned))

@@ -1,0 +1,95 @@
+"""Token exit: from one layer on, a multimodal language model goes on without its visual tokens.
+
+Wu et al. 2025, "Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit and the Empirical Findings" (DyVTE), finds
+that text tokens have taken up what they need from the image well before the last layer. The paper decides when with a learned router,
+prompt by prompt; this is its static form, with the layer given:
+
+    layers 0 .. L-1 are unchanged;  layers L .. depth-1 run on  h[not visual]  with the positions those tokens had
+
+Kept tokens keep their position numbers and the KV caches of the later layers hold no visual keys, so on the kept tokens the result is
+that of the unshortened model with the visual keys masked in layers L and later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+
+from rewrite.ir import AttentionInputs, Exit, Fits, NotApplicableError, Pass, Program, parameter, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class TokenExit(Pass):
+    """All visual tokens leave in front of layer `layer` of every stack that has them.
+
+    The static form has no published layer: half the depth is this project's default. Raises `NotApplicableError` when applied to a stack
+    with fewer than `layer` layers.
+    """
+
+    name = "token_exit"
+    family = "prune"
+    paper = "Wu, Lin, Zhou, Ye, Zeng, Sun, Ji: Dynamic Visual-Token Exit (DyVTE), NeurIPS 2025 (arXiv 2411.19628)"
+    formula = "h_l = h_l[not visual] for layers l >= L"
+    fits = Fits(kinds=frozenset({"self"}), visual=True)
+
+    layer: int | Literal["never"] | None = parameter(
+        None, 'the first layer without visual tokens, from 0; None is half the depth, "never" changes nothing'
+    )
+
+    def check(self) -> None:
+        self.require(not isinstance(self.layer, int) or self.layer >= 0, "layer", 'at least 0, "never" or None')
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(layer="never")
+
+    def first_layer(self, depth: int) -> int:
+        """The first layer without visual tokens in a stack of `depth` layers; `depth` where they never leave."""
+        if self.layer is None:
+            return depth // 2
+        return depth if self.layer == "never" else self.layer
+
+    def apply(self, program: Program) -> Program:
+        for stack in sorted({site.stack for site in program.sites}):
+            program = self._apply_to_stack(program, stack)
+        return program
+
+    def _apply_to_stack(self, program: Program, stack: int) -> Program:
+        """One exit for the whole stack, or none: tokens cannot leave some of its later layers only."""
+        sites = tuple(site for site in program.sites if site.stack == stack)
+        against = {site.name: self.fits.reason_against(site) for site in sites}
+        holders = tuple(site for site in sites if site.layout.visual and site.kind in self.fits.kinds)
+        depth = max(site.depth for site in sites)
+        layer = self.first_layer(depth)
+        if holders and layer > depth:
+            raise NotApplicableError(
+                f"{self}: {holders[0].name} is in a stack of {depth} layers; the visual tokens can leave in front of 0 to {depth - 1}"
+            )
+        leaving = tuple(site for site in holders if site.layer >= layer)
+        blocking = next((site for site in leaving if against[site.name] is not None), None)
+        if blocking is not None:
+            otherwise = f"the visual tokens would have to leave {blocking.name} too, and there {against[blocking.name]}"
+            leaving = ()
+        elif leaving:
+            otherwise = f"it comes before layer {layer}, where the visual tokens leave"
+        else:
+            otherwise = f"the visual tokens leave after its stack's {depth} layers, which changes nothing"
+        for site in sites:
+            if site not in leaving:
+                program = program.with_declined(site, str(self), against[site.name] or otherwise)
+        return program.with_exit(Exit(stack, layer, by=str(self)), leaving) if leaving else program
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """Attention with the visual keys masked, where they have left. Rows of queries that have left themselves mean nothing."""
+        logits, site = attention.logits, attention.site
+        if attention.visual is not None and site.layout.visual and site.layer >= self.first_layer(site.depth):
+            logits = logits.masked_fill(_per_key(attention.visual), -torch.inf)
+        return logits.softmax(-1).nan_to_num(0.0) @ attention.value
+
+
+def _per_key(visual: torch.Tensor) -> torch.Tensor:
+    """[B, Nk] -> [B, 1, 1, Nk]."""
+    return visual[:, None, None, :]

@@ -1,0 +1,143 @@
+"""What holds for every registered pass. Generated from the registry: a new pass is tested here without a line of its own."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from synthetic_sites import SITES, Example, example, random_parameters
+
+from rewrite.ir import Attend, Pass, Program, available_passes, parse_pass
+
+# Settings worth testing besides the default one and the identity.
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "agent": (
+        "agent(tokens=4)",
+        "agent(tokens=4, learnable=True)",
+        "agent(tokens=9, layers=(3,))",
+        "agent(tokens=5)",
+        "agent(layers=(0,))",
+    ),
+    "neighborhood": (
+        "neighborhood(window=3)",
+        "neighborhood(window=4, dilation=2)",
+        "neighborhood(window=(3, 5), dilation=(2, 1))",
+        "neighborhood(window=(8, 3))",
+        "neighborhood(window=(2, 3, 4))",
+        "neighborhood(window=5, layers=(1, 2))",
+    ),
+    "token_exit": ("token_exit(layer=0)", "token_exit(layer=4)", "token_exit(layer=6)"),
+    "sink_redistribution": (
+        "sink_redistribution(p=0.0, rho=1.0, summ=0.0)",
+        "sink_redistribution(dims=(7, 100), tau=10)",
+        "sink_redistribution(dims=(8,))",
+        "sink_redistribution(first_layer=0, except_last=False)",
+    ),
+}
+
+PASSES = {cls.name: cls for cls in available_passes()}
+ALL: dict[str, Pass] = {
+    str(setting): setting for name, cls in PASSES.items() for setting in (cls(), *map(parse_pass, SETTINGS.get(name, ())))
+}
+
+
+@functools.cache
+def applied(setting: Pass, case: str) -> Program:
+    return setting.apply(Program((SITES[case],)))
+
+
+def plain(shown: Example) -> torch.Tensor:
+    return shown.logits.softmax(-1).nan_to_num(0.0) @ shown.inputs({}).value
+
+
+def assert_equal(actual: torch.Tensor, expected: torch.Tensor, case: str) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=lambda text: f"{case}: {text}")
+
+
+@pytest.mark.parametrize("setting", ALL.values(), ids=ALL)
+def test_a_rewritten_site_computes_the_reference(setting: Pass) -> None:
+    for case in SITES:
+        program, shown = applied(setting, case), example(SITES[case])
+        if program.touched:
+            parameters = random_parameters(program.sites[0])
+            output, reference = shown.output(program, parameters), setting.reference(shown.inputs(parameters))
+            stays = ~output.isnan()
+            assert stays.any(), case
+            assert_equal(output[stays], reference[stays], case)
+
+
+@pytest.mark.parametrize("case", SITES)
+def test_the_recognised_site_computes_plain_attention(case: str) -> None:
+    shown = example(SITES[case])
+    assert_equal(shown.output(Program((shown.site,)), {}), plain(shown), case)
+
+
+@pytest.mark.parametrize("setting", ALL.values(), ids=ALL)
+def test_a_site_is_rewritten_or_declined_with_a_reason(setting: Pass) -> None:
+    for case, site in SITES.items():
+        program = applied(setting, case)
+        if program.touched:
+            assert program.touched == ((site.name, str(setting)),)
+            assert not program.declined
+            assert program.sites != (site,) or program.exits
+        else:
+            assert program.sites == (site,)
+            assert not program.exits
+            ((name, by, reason),) = program.declined
+            assert (name, by) == (site.name, str(setting))
+            assert len(reason.split()) > 3
+
+
+@pytest.mark.parametrize("setting", ALL.values(), ids=ALL)
+def test_what_a_pass_adds_is_named_once_and_declared(setting: Pass) -> None:
+    for case, site in SITES.items():
+        body = applied(setting, case).sites[0].body
+        results = [operation.result for operation in body.operations]
+        parameters = [parameter.name for parameter in body.parameters]
+        assert len({*results, *parameters, *site.operands}) == len(results) + len(parameters) + len(site.operands)
+        assert setting.adds_parameters() or not parameters
+
+
+@pytest.mark.parametrize("setting", ALL.values(), ids=ALL)
+def test_a_rewritten_site_survives_its_json_form(setting: Pass) -> None:
+    for case in SITES:
+        for attend in applied(setting, case).sites[0].body.attends():
+            again = Attend.from_json(attend.to_json())
+            assert (again.score, again.mask, again.groups) == (attend.score, attend.mask, attend.groups), case
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_some_site_is_rewritten(name: str) -> None:
+    settings = [setting for setting in ALL.values() if setting.name == name]
+    assert any(applied(setting, case).touched for setting in settings for case in SITES)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in PASSES.items() if cls.identity() is not None])
+def test_the_identity_setting_changes_nothing(name: str) -> None:
+    identity = PASSES[name].identity()
+    assert identity is not None
+    for case in SITES:
+        program, shown = applied(identity, case), example(SITES[case])
+        assert_equal(shown.output(program, random_parameters(program.sites[0])), plain(shown), case)
+        if identity.fits.reason_against(shown.site) is None:
+            assert_equal(identity.reference(shown.inputs({})), plain(shown), case)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_states_its_facts(name: str) -> None:
+    cls = PASSES[name]
+    assert any(character.isdigit() for character in cls.paper), "the paper's year"
+    assert "=" in cls.formula
+    assert "\n" not in cls.formula
+    assert cls.__doc__
+    assert not cls.__doc__.startswith(f"{cls.__name__}("), "the docstring is the dataclass's own signature"
+    for field in cls.parameters():
+        assert field.metadata["help"], field.name
+    assert parse_pass(str(cls())) == cls()
+
+
+@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("case", ["dropout", "cross", "map read"])
+def test_a_site_that_no_pass_may_change_does_not_fit(name: str, case: str) -> None:
+    assert PASSES[name].fits.reason_against(SITES[case])
