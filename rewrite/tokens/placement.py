@@ -1,0 +1,82 @@
+"""What is known of a tensor's token axes, and the sizes that decide it.
+
+Every node keeps the example value it was traced with, and so the full length of every axis. A placement says on top of that which axes
+are physically shorter now, which were put back to their full length with zeros in the gaps, and which axis is the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The tokens of one axis that are left.
+
+    Two selections are the same where their `positions` are the same node.
+    """
+
+    positions: fx.Node  # int64 [B, K], ascending: the tokens of the axis that are left, per batch row
+    length: int | fx.Node  # how many the axis had
+    kept: int | fx.Node  # K
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The token axes of one tensor (or of each tensor of a tuple).
+
+    `batch` is the axis along which positions differ, of size B * rows with the batch running slowest; None where B is one.
+    """
+
+    axes: Mapping[int, Selection] = field(default_factory=dict)
+    restored: frozenset[int] = frozenset()
+    batch: int | None = 0
+    rows: int = 1
+
+
+def example(node: fx.Node) -> Any:
+    """The example value a node was traced with: tensor, number, or tuple of them; None where it has none."""
+    return node.meta.get("example_value")
+
+
+def first_tensor(node: fx.Node) -> torch.Tensor | None:
+    """The tensor a node was traced with, or the first of the tuple it gives."""
+    value = example(node)
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def is_tensor(node: object) -> bool:
+    """Whether an argument is a node that stands for one tensor."""
+    return isinstance(node, fx.Node) and isinstance(example(node), torch.Tensor)
+
+
+def expression(size: Any) -> Any:
+    """A size as a sympy expression: a Python or symbolic number, or the node of one. Adds no guard. None where it is not a size."""
+    if isinstance(size, fx.Node):
+        size = example(size)
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(size) if isinstance(size, int) and not isinstance(size, bool) else None
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    """The traced, full shape of a node's (first) tensor, as sympy expressions."""
+    tensor = first_tensor(node)
+    if tensor is None:
+        raise TypeError(f"node {node.name} was traced without a tensor")
+    return tuple(expression(size) for size in tensor.shape)
+
+
+def module_path(node: fx.Node) -> str:
+    """Where in the model a node comes from, `blocks.3.attn`; `the model itself` where that was not recorded."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    return path.replace("L['self'].", "").replace("L['self']", "") or "the model itself"

@@ -1,0 +1,326 @@
+"""Pushing a selection of tokens through everything downstream of where it was made.
+
+The flow of each operator says which axes run over the same tokens. A selection on one of them then holds for all: operands that still
+have every token are gathered, sizes written out are replaced, and the result has the selection on the axes it flows to. Where an axis
+is sliced, indexed or merged with another, and at the outputs, the tensor is restored first: zeros, with the kept tokens in place.
+
+The result equals the original model in which the dropped tokens are masked out of every attention downstream, at the kept positions.
+What would make it differ (a mean over tokens, a convolution, an operator without a rule) is an error that names the place.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import fx
+
+from rewrite.ir.errors import NotApplicableError
+from rewrite.tokens import rules
+from rewrite.tokens.edits import (
+    answer_size_query,
+    combine,
+    full_size,
+    insert_call,
+    insert_gather_call,
+    insert_lift,
+    insert_restore_call,
+    set_argument,
+)
+from rewrite.tokens.flow import Flow, Group, Label, Operand, axis_flow
+from rewrite.tokens.gather import join_positions
+from rewrite.tokens.placement import Placement, Selection, first_tensor, is_tensor, module_path, shape_of
+
+ShortOutputs = dict[fx.Node, Mapping[int, Selection]]
+
+
+def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Selection]], short_outputs: frozenset[fx.Node]) -> ShortOutputs:
+    """Carry the selections of `seeds` through `graph`, in place.
+
+    A seed is a node whose tensor physically has, on the given axes, the selected tokens alone: a gather that was inserted and whose
+    users were redirected to it, or a placeholder for a cache that is shorter than traced. Axis 0 of a seed is its batch. Every node
+    keeps the example value it was traced with, so the shapes in the graph go on meaning full lengths; so do all numbers in it.
+
+    Outputs are restored to their full length, zeros at the dropped tokens, except those in `short_outputs`.
+
+    Zeros stand also where a loss reads restored logits: the labels at dropped positions must be ignored (-100), and with labels
+    shifted by one so must the label that the last dropped token of a run predicts.
+
+    Returns:
+        the output nodes that stayed short, each with its selections by axis.
+
+    Raises:
+        NotApplicableError: an operator computes over a selected or restored axis, has no rule, or meets two different selections; the
+            message names node, operator, module and remedy. The graph is then half rewritten: push into a copy.
+    """
+    return _Surgery(graph, seeds, short_outputs).run()
+
+
+def insert_gather(graph: fx.Graph, value: fx.Node, axis: int, selection: Selection, after: fx.Node | None = None) -> fx.Node:
+    """The selected tokens of `value` [B, ..., N, ...] along `axis`, inserted after `after` (by default as early as may be)."""
+    after = after or max(value, selection.positions)
+    with graph.inserting_before(after.next):
+        return insert_gather_call(value, value, axis % len(shape_of(value)), selection.positions, _seed_layout(value))
+
+
+def restore(graph: fx.Graph, value: fx.Node, axis: int, selection: Selection, after: fx.Node | None = None) -> fx.Node:
+    """Zeros of the full length with the tokens of the short `value` [B, ..., K, ...] in place, inserted after `after`."""
+    after = after or max(value, selection.positions)
+    with graph.inserting_before(after.next):
+        return insert_restore_call(value, value, axis % len(shape_of(value)), selection, _seed_layout(value))
+
+
+def _seed_layout(node: fx.Node) -> Placement:
+    """Axis 0 is the batch; a batch of one needs no axis."""
+    return Placement(batch=None if shape_of(node)[0] == 1 else 0)
+
+
+class _Surgery:
+    def __init__(self, graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Selection]], short_outputs: frozenset[fx.Node]) -> None:
+        self.graph = graph
+        self.seeds = seeds
+        self.short_outputs = short_outputs
+        self.placements: dict[fx.Node, Placement] = {}
+        self.gathered: dict[Any, fx.Node] = {}
+        self.restored: dict[fx.Node, fx.Node] = {}
+        self.joined: dict[Any, Selection] = {}
+
+    def run(self) -> ShortOutputs:
+        kept: ShortOutputs = {}
+        for node in list(self.graph.nodes):
+            if node in self.seeds:
+                self.placements[node] = self.seed(node)
+            elif node.op == "output":
+                kept = self.output(node)
+            elif any(source in self.placements for source in node.all_input_nodes):
+                with self.graph.inserting_before(node):
+                    self.visit(node)
+            if rules.in_place(node) or rules.name_of(node) == "setitem":  # what was gathered before is another tensor now
+                self.gathered.clear()
+                self.restored.clear()
+        return kept
+
+    def seed(self, node: fx.Node) -> Placement:
+        if first_tensor(node) is None:
+            self.refuse(node, "a selection was made on it, and it was traced without a tensor", "seed nodes with an example value")
+        if any(source in self.placements for source in node.all_input_nodes):
+            self.refuse(node, "a selection was made where tokens had been dropped before", "select once per axis, or compose the positions")
+        shape = shape_of(node)
+        axes = {axis % len(shape): selection for axis, selection in self.seeds[node].items()}
+        if any(axis == 0 or shape[axis] == 1 for axis in axes):
+            self.refuse(node, "a selection was made on the batch or on an axis of size one", "select along a token axis")
+        return Placement(axes, batch=_seed_layout(node).batch)
+
+    def visit(self, node: fx.Node) -> None:
+        """One operator with a selected or restored operand: edit it, and place its result."""
+        name = rules.name_of(node)
+        if name in rules.SIZES or (name == "getattr" and node.args[1] == "shape"):
+            if self.placements.get(node.all_input_nodes[0], Placement()).axes and node.users:
+                dim = rules.argument(node, 1, "dim") if name in {"size", "sym_size"} else None
+                answer_size_query(node, name, dim, self.placements)
+            return
+        if name in rules.LOSSES:
+            for operand in node.all_input_nodes:
+                self.restore_operand(node, operand)
+            if first_tensor(node) is not None and len(shape_of(node)):
+                self.placements[node] = Placement(restored=frozenset(range(len(shape_of(node)))))
+            return
+        flow = axis_flow(node)
+        if flow is None:
+            advice = "make the selection after it, or add a rule for it to rewrite/tokens"
+            self.refuse(node, "it reads selected tokens, and how its axes flow is not known", advice)
+        if self.cuts(node, flow):
+            for source in node.all_input_nodes:
+                self.restore_operand(node, source)
+            flow = axis_flow(node)
+            assert flow is not None
+        self.push(node, name, flow)
+
+    def placed(self, operand: Operand) -> tuple[Placement, dict[Label, Selection], set[Label], Label | None]:
+        """What is known of one operand, by label: its selections, its restored axes and its batch."""
+        place = self.placements.get(operand.node)
+        if place is None:
+            return Placement(), {}, set(), None
+        labels = operand.labels[len(operand.labels) - len(shape_of(operand.node)) :]
+        batch = labels[place.batch] if place.axes and place.batch is not None else None
+        return place, {labels[a]: s for a, s in place.axes.items()}, {labels[a] for a in place.restored}, batch
+
+    def cuts(self, node: fx.Node, flow: Flow) -> bool:
+        """Whether the operator merges, splits or cuts a selected axis, or the batch in a way that positions cannot follow."""
+        marks = flow.joined[0] if flow.joined else ()
+        every_restored = {label for operand in flow.operands for label in self.placed(operand)[2]}
+        for operand in flow.operands:
+            place, selected, _, batch = self.placed(operand)
+            for group in flow.groups:
+                joins = set(group.ins) == set(marks) and not every_restored.intersection(marks)
+                if selected.keys() & set(group.ins) and not joins:
+                    return True
+                if batch is not None and batch in group.ins and _regrouped(node, flow, operand, place, group) is None:
+                    return True
+        return False
+
+    def push(self, node: fx.Node, name: str, flow: Flow) -> None:
+        selected: dict[Label, Selection] = {}
+        restored: set[Label] = set()
+        batch: Label | None = None
+        rows = 1
+        for operand in flow.operands:
+            place, own, zeros, own_batch = self.placed(operand)
+            for label, selection in own.items():
+                if selected.setdefault(label, selection).positions is not selection.positions:
+                    self.refuse(node, "two different selections of tokens meet on one axis", "use one selection for both")
+            if own_batch is not None:
+                if batch is not None and (batch, rows) != (own_batch, place.rows):
+                    self.refuse(node, "it combines batches that are laid out differently", "select after it")
+                batch, rows = own_batch, place.rows
+            restored |= zeros
+        self.check(node, flow, selected, restored, batch)
+
+        for operand in flow.operands:
+            self.gather_operand(node, operand, selected, batch, rows)
+        for path, label in flow.sizes.items():
+            if label in selected:
+                set_argument(node, path, selected[label].kept)
+        if name == "view" and selected:  # a gathered tensor may have other strides than the traced one
+            node.target = "reshape"
+        if name == "squeeze" and selected and rules.argument(node, 1, "dim") is None:
+            node.args = (node.args[0], tuple(i for i, size in enumerate(shape_of(flow.operands[0].node)) if size == 1))
+
+        out = dict(selected)
+        zeros = set(restored)
+        if flow.joined and set(flow.joined[0]) & selected.keys():
+            out[flow.joined[1]] = self.join(flow, selected)
+        for group in flow.groups:
+            if restored.intersection(group.ins):
+                zeros.update(group.outs)
+            if batch is not None and batch in group.ins:
+                holder = next(o for o in flow.operands if self.placed(o)[3] == batch)
+                batch, rows = _regrouped(node, flow, holder, self.placements[holder.node], group) or (batch, rows)
+        axes = {i: out[label] for i, label in enumerate(flow.output) if label in out}
+        marks = frozenset(i for i, label in enumerate(flow.output) if label in zeros)
+        if axes or marks:
+            at = flow.output.index(batch) if batch in flow.output else None
+            self.placements[node] = Placement(axes, marks, at, rows)
+
+    def check(self, node: fx.Node, flow: Flow, selected: Mapping[Label, Selection], restored: set[Label], batch: Label | None) -> None:
+        """Refuse what would compute something else on fewer tokens, or on zeros."""
+        passed = {*flow.output, *(label for group in flow.groups for label in group.ins)}
+        contracted = {label for operand in flow.operands for label in operand.labels} - passed
+        if flow.reduced & selected.keys():
+            self.refuse(
+                node, "it computes over the tokens, of which some were dropped", "select after it, or in a model that does not pool"
+            )
+        if (flow.reduced | flow.normalised | contracted) & restored:
+            self.refuse(node, "it computes over tokens, of which the dropped ones were put back as zeros", "select after it")
+        if batch is not None and (batch in flow.reduced | flow.normalised | contracted):
+            self.refuse(node, "it computes over the batch, whose rows kept different tokens", "select after it")
+        if restored & selected.keys():
+            self.refuse(node, "it combines selected tokens with tokens that were put back as zeros", "select after it")
+        if rules.name_of(node) == "scaled_dot_product_attention" and rules.argument(node, 5, "is_causal", default=False):
+            query, key = selected.get("n"), selected.get("m")
+            if (query and query.positions) is not (key and key.positions):
+                advice = "pass the causal mask as attn_mask, so that it can be gathered"
+                self.refuse(node, "is_causal=True with queries and keys of different selections", advice)
+
+    def gather_operand(self, node: fx.Node, operand: Operand, selected: Mapping[Label, Selection], batch: Label | None, rows: int) -> None:
+        """Gather an operand on each selected axis of which it still has every token."""
+        own = self.placed(operand)[1]
+        value = operand.node
+        shape = shape_of(value)
+        missing = len(operand.labels) - len(shape)
+        axes = [i for i, size in enumerate(shape) if (label := operand.labels[missing + i]) in selected and label not in own and size != 1]
+        if not axes:
+            return
+        if rules.in_place(node) and operand.path == ("args", 0):
+            self.refuse(node, "it writes selected tokens into a tensor that has all of them", "use the operator that returns a new tensor")
+        if batch is not None and batch not in operand.labels:
+            self.refuse(
+                node, f"operand {value.name} has all tokens and no axis for the batch, whose rows kept different ones", "select after it"
+            )
+        at = None if batch is None else operand.labels.index(batch)
+        lift = missing if at is not None and at < missing else 0
+        place = Placement(batch=at if at is None or lift else at - missing, rows=rows)
+        if lift:
+            value = self.once(("lift", value, lift), lambda: insert_lift(node, operand.node, lift))
+        for axis in axes:
+            positions = selected[operand.labels[missing + axis]].positions
+            key = (value, axis + lift, positions, place.batch, rows)
+            value = self.once(key, partial(insert_gather_call, node, value, axis + lift, positions, place))
+        set_argument(node, operand.path, value)
+
+    def join(self, flow: Flow, selected: Mapping[Label, Selection]) -> Selection:
+        """The selection of a concatenation along the token axis; of a part without a selection every token is left."""
+        assert flow.joined is not None
+        parts: list[fx.Node | None] = []
+        lengths: list[int | fx.Node] = []
+        kepts: list[int | fx.Node] = []
+        key: list[Any] = []
+        for operand, mark in zip(flow.operands, flow.joined[0], strict=True):
+            if (selection := selected.get(mark)) is not None:
+                parts.append(selection.positions)
+                lengths.append(selection.length)
+                kepts.append(selection.kept)
+                key.append(selection.positions)
+            else:
+                axis = operand.labels.index(mark)
+                parts.append(None)
+                lengths.append(full_size(operand.node, operand.node, axis, self.placements))
+                kepts.append(lengths[-1])
+                key.append(shape_of(operand.node)[axis])
+        if tuple(key) not in self.joined:
+            positions = insert_call(flow.operands[0].node, join_positions, (parts, lengths))
+            total = [combine(positions, operator.add, sizes) for sizes in (lengths, kepts)]
+            self.joined[tuple(key)] = Selection(positions, *total)
+        return self.joined[tuple(key)]
+
+    def once(self, key: Any, insert: Callable[[], fx.Node]) -> fx.Node:
+        """The node inserted under `key`: the first is before all that ask for it later."""
+        if key not in self.gathered:
+            self.gathered[key] = insert()
+        return self.gathered[key]
+
+    def restore_operand(self, node: fx.Node, value: fx.Node) -> None:
+        """Put the dropped tokens of an operand back as zeros, on all its axes."""
+        place = self.placements.get(value)
+        if place is None or not place.axes:
+            return
+        if not is_tensor(value):
+            self.refuse(node, f"operand {value.name} is a tuple of tensors with dropped tokens", "select after it")
+        if value not in self.restored:
+            full = value
+            for axis, selection in place.axes.items():
+                full = insert_restore_call(node, full, axis, selection, place)
+            self.restored[value] = full
+            self.placements[full] = Placement(restored=place.restored | set(place.axes))
+        full = self.restored[value]
+        node.replace_input_with(value, full)
+
+    def output(self, node: fx.Node) -> ShortOutputs:
+        kept: ShortOutputs = {}
+        with self.graph.inserting_before(node):
+            for value in node.all_input_nodes:
+                place = self.placements.get(value)
+                if place is not None and place.axes and value in self.short_outputs:
+                    kept[value] = place.axes
+                else:
+                    self.restore_operand(node, value)
+        return kept
+
+    def refuse(self, node: fx.Node, reason: str, advice: str) -> NoReturn:
+        where = f"node {node.name} ({rules.name_of(node) or node.op}) in {module_path(node)}"
+        raise NotApplicableError(f"tokens cannot be dropped before {where}: {reason}; {advice}")
+
+
+def _regrouped(node: fx.Node, flow: Flow, operand: Operand, place: Placement, group: Group) -> tuple[Label, int] | None:
+    """Where the batch of a placement is after its axis was merged with others behind it, or split: the label, and the entries per row.
+
+    None where the batch does not run slowest any more, or does not come out whole.
+    """
+    labels = operand.labels[len(operand.labels) - len(shape_of(operand.node)) :]
+    if group.cut or not group.outs or place.batch is None or group.ins[0] != labels[place.batch]:
+        return None
+    first = shape_of(node)[flow.output.index(group.outs[0])]
+    rows = first * place.rows / shape_of(operand.node)[place.batch]
+    return (group.outs[0], int(rows)) if getattr(rows, "is_Integer", False) and rows > 0 else None
