@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from abc import ABC
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
@@ -12,6 +13,7 @@ import torch
 
 from rewrite.ir.errors import PassError
 from rewrite.ir.operations import Parameter
+from rewrite.ir.parameters import converted
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site
 
@@ -102,6 +104,10 @@ class Pass(ABC):
         """Raise `PassError` where a parameter is out of its range. Called at construction."""
 
     def __post_init__(self) -> None:
+        """Parameters brought to their types and checked; `PassError` where they are of another type or out of range."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, converted(self.name, field.name, getattr(self, field.name), hints[field.name]))
         self.check()
 
     def require(self, holds: bool, parameter: str, range_: str) -> None:

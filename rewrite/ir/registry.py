@@ -10,9 +10,6 @@ import dataclasses
 import difflib
 import importlib
 import keyword
-import sys
-import types
-import typing
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -93,15 +90,12 @@ def parse_pass(text: str) -> Pass:
 
 def build_pass(cls: type[Pass], values: dict[str, Any]) -> Pass:
     """An instance of a pass class; `PassError` for a parameter it does not have or a value of another type."""
-    hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    converted: dict[str, Any] = {}
-    for name, value in values.items():
+    for name in values:
         if name not in fields:
             near = difflib.get_close_matches(name, fields, n=2, cutoff=0.5)
             hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(fields) or 'none'}"
             raise PassError(f"{cls.name} has no parameter {name!r}; {hint}")
-        converted[name] = _converted(cls, name, value, hints[name])
     missing = [
         field.name
         for field in fields.values()
@@ -109,52 +103,7 @@ def build_pass(cls: type[Pass], values: dict[str, Any]) -> Pass:
     ]
     if missing:
         raise PassError(f"{cls.name} needs a value for {', '.join(missing)}")
-    return cls(**converted)
-
-
-def _converted(cls: type[Pass], name: str, value: Any, hint: Any) -> Any:
-    """The value as the hinted type (lists become tuples, integers floats); `PassError` where it is of none of the hinted types."""
-    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    for option in options:
-        result = _as_a(value, option)
-        if result is not _NO:
-            return result
-    wanted = " or ".join(_type_text(option) for option in options)
-    raise PassError(f"{cls.name}: {name}={value!r} is of type {type(value).__name__}; it must be {wanted}")
-
-
-_NO: Any = object()  # what `_as_a` answers for a value of another type
-
-
-def _as_a(value: Any, hint: Any) -> Any:
-    """The value as one hinted type, or `_NO`. Booleans are no integers; integers that a float can hold are floats."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Literal:
-        return next((value for argument in arguments if type(value) is type(argument) and value == argument), _NO)
-    if origin is tuple:
-        if not isinstance(value, tuple | list):
-            return _NO
-        items = arguments[:1] * len(value) if len(arguments) == 2 and arguments[1] is Ellipsis else arguments
-        if len(items) != len(value):
-            return _NO
-        entries = tuple(_as_a(entry, item) for entry, item in zip(value, items, strict=True))
-        return _NO if any(entry is _NO for entry in entries) else entries
-    if hint is type(None):
-        return value if value is None else _NO
-    if hint is float and type(value) is int:
-        return float(value) if abs(value) <= sys.float_info.max else _NO
-    if hint in (int, float):
-        return value if type(value) is hint else _NO
-    return value if isinstance(value, hint) else _NO
-
-
-def _type_text(hint: Any) -> str:
-    """A type as a message names it: None, 'all', tuple[int, ...], int."""
-    if hint is type(None):
-        return "None"
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    return str(hint) if typing.get_origin(hint) is not None else str(getattr(hint, "__name__", hint))
+    return cls(**values)
 
 
 def as_passes(passes: Sequence[str | Pass] | str | Pass) -> tuple[Pass, ...]:
@@ -168,8 +117,7 @@ def as_passes(passes: Sequence[str | Pass] | str | Pass) -> tuple[Pass, ...]:
         if isinstance(entry, str):
             built.append(parse_pass(entry))
         elif isinstance(entry, Pass):
-            # An object skipped the conversion that text goes through; it holds to the same types.
-            built.append(build_pass(type(entry), {field.name: getattr(entry, field.name) for field in dataclasses.fields(entry)}))
+            built.append(entry)
         elif isinstance(entry, type) and issubclass(entry, Pass):
             raise PassError(f"{entry.__name__} is a class; write {entry.__name__}() or {entry.name!r}")
         else:

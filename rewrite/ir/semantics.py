@@ -97,6 +97,7 @@ _EVALUATE: Mapping[str, Callable[..., Value]] = {
 }
 
 
+@functools.lru_cache(maxsize=1024)
 def _without_fractions(relation: sympy.Rel) -> sympy.Rel:
     """The relation between integers that a relation between fractions of positions is, so that it holds exactly.
 
@@ -198,8 +199,14 @@ def pool(operation: Pool, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     # Along a sequence the number of tokens is the call's own; a grid is fixed.
     grid = operation.grid if len(operation.grid) > 1 else source.shape[2:3]
     image = source.transpose(-2, -1).reshape(batch * heads, width, *grid)
-    adaptive = functional.adaptive_avg_pool1d if len(operation.grid) == 1 else functional.adaptive_avg_pool2d
-    return adaptive(image, operation.size).reshape(batch, heads, width, -1).transpose(-2, -1)  # type: ignore[operator]
+    match operation.size:
+        case (length,):
+            pooled = functional.adaptive_avg_pool1d(image, length)
+        case (height, breadth):
+            pooled = functional.adaptive_avg_pool2d(image, (height, breadth))
+        case _:
+            raise ValueError(f"pooling to {operation.size}: one or two axes are pooled")
+    return pooled.reshape(batch, heads, width, -1).transpose(-2, -1)
 
 
 def depthwise_conv(operation: DepthwiseConv, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
