@@ -1,0 +1,82 @@
+"""From an attention operation to its emitted kernel, and from the operation's JSON back to the kernel that serves it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from codegen.cache import load, store
+from codegen.compilation import CompiledKernel, compile_kernel
+from codegen.streaming import kernel_name, streaming_source
+from rewrite.ir.operations import Attend
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """An emitted kernel.
+
+    name: of its function. site: the sites it was made for, joined by ", ". passes: what shaped it. path: the file, source: its text.
+    attend_json: the operation, what `rewrite::attend` is called with.
+    """
+
+    name: str
+    site: str
+    passes: tuple[str, ...]
+    path: Path
+    source: str
+    attend_json: str
+
+    def load(self) -> ModuleType:
+        """The module in `path`: the kernel under `name` and ``launch``. Raises `RewriteError` where the file is not what was emitted."""
+        return load(self.path)
+
+    def compile(
+        self,
+        target: str = "sm_90",
+        dtype: torch.dtype = torch.bfloat16,
+        head_dim: int = 64,
+        value_dim: int | None = None,
+        tensor_dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> CompiledKernel:
+        """Compile ahead of time; needs no GPU.
+
+        target: "sm_80", "sm_90" or "sm_100". dtype: of query, key and value. value_dim: head_dim if None. tensor_dtypes: of the other
+        tensors by name; by default int32 for the groups, bool for what only a predicate reads, `dtype` for the rest.
+        Raises `RewriteError` for an unknown target or dtype, or under TRITON_INTERPRET.
+        """
+        attend = Attend.from_json(self.attend_json)
+        return compile_kernel(
+            self.load(),
+            self.name,
+            attend,
+            target=target,
+            dtype=dtype,
+            head_dim=head_dim,
+            value_dim=value_dim or head_dim,
+            tensor_dtypes=tensor_dtypes or {},
+        )
+
+
+_kernels: dict[str, Kernel] = {}
+
+
+def emit(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = ()) -> Kernel:
+    """Write the Triton source for `attend` to the cache and let the operator use it from now on; needs no GPU.
+
+    sites: names of the attention sites that share the kernel. passes: what shaped it. Both are stated in the source.
+    Raises `RewriteError` where the operation has no Triton form or the cache folder is not the user's alone.
+    """
+    source = streaming_source(attend, sites, passes)
+    name = kernel_name(attend)
+    kernel = Kernel(name, ", ".join(sites), passes, store(name, source), source, attend.to_json())
+    _kernels[kernel.attend_json] = kernel
+    return kernel
+
+
+def kernel_for(attend_json: str) -> Kernel:
+    """The kernel last emitted for the operation; one without sites where none was (a graph that came from another process)."""
+    return _kernels.get(attend_json) or emit(Attend.from_json(attend_json))

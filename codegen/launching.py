@@ -1,0 +1,36 @@
+"""What every emitted `launch` function needs besides its kernel."""
+
+from __future__ import annotations
+
+import torch
+
+from codegen.block_list import block_list
+from codegen.tiles import Tile, power_of_two, tile_for
+from rewrite.ir.errors import RewriteError
+
+__all__ = ["Tile", "block_list", "broadcast_strides", "check_launch", "dot_precision", "power_of_two", "tile_for"]
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:
+    """The tensor's strides, 0 along every axis of size 1, so that it is read as if it had the full size there."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies float32: exactly, or in TF32 where torch was allowed to (`torch.set_float32_matmul_precision`)."""
+    allowed = dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if allowed else "ieee"
+
+
+def check_launch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Raise `RewriteError` for operands a kernel cannot take: a dtype it has no arithmetic for, or head vectors that lie scattered."""
+    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+        raise RewriteError(
+            f"an attention kernel takes query, key and value of one dtype out of float32, float16 and bfloat16, "
+            f"not {query.dtype}, {key.dtype} and {value.dtype}; cast them first"
+        )
+    for name, operand in (("query", query), ("key", key), ("value", value)):
+        if operand.shape[-1] != 1 and operand.stride(-1) != 1:
+            raise RewriteError(f"the last axis of {name} must be contiguous for an attention kernel; call .contiguous() on it")

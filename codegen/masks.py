@@ -1,0 +1,58 @@
+"""The part of a mask that depends on positions alone: evaluated once per size on the host, never as an Nq x Nk array.
+
+Kernels take from it the list of key blocks to visit, the torch lowering the keys to gather, the FLOP counter the number of pairs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import lru_cache
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+
+from rewrite.ir.expression import INDICES, conjuncts, from_json, is_static, to_json
+from rewrite.ir.semantics import evaluate_expression, positions
+
+# Queries evaluated at a time: large enough that the torch calls do not count, small enough to stay in cache for some thousand keys.
+CHUNK = 128
+
+
+def depends_on_positions_only(term: Boolean) -> bool:
+    """True for a predicate in i, j, Nq and Nk: no tensor is read, and every batch and head sees the same."""
+    return is_static(term) and not term.free_symbols & {INDICES["b"], INDICES["h"]}
+
+
+def split_mask(mask: Boolean) -> tuple[Boolean, Boolean]:
+    """(static, dynamic): the conjunction of the terms that depend on positions only, and that of the others."""
+    terms = conjuncts(mask)
+    static = [term for term in terms if depends_on_positions_only(term)]
+    return sympy.And(*static), sympy.And(*(term for term in terms if term not in static))
+
+
+def static_key(mask: Boolean) -> str:
+    """The static part of a mask as JSON text: what everything derived from it is cached by."""
+    return json.dumps(to_json(split_mask(mask)[0]))
+
+
+def visible_rows(static: str, n_queries: int, n_keys: int, chunk: int = CHUNK) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first query, which keys its chunk of queries sees [<= chunk, n_keys] bool), in order, on the CPU."""
+    predicate = from_json(json.loads(static))
+    for first in range(0, n_queries, chunk):
+        rows = slice(first, min(first + chunk, n_queries))
+        values = positions(n_queries, n_keys, torch.device("cpu"), rows)
+        seen = torch.as_tensor(evaluate_expression(predicate, values))
+        yield first, seen.expand(1, 1, rows.stop - first, n_keys)[0, 0]
+
+
+@lru_cache(maxsize=256)
+def _count(static: str, n_queries: int, n_keys: int) -> int:
+    return sum(int(seen.sum()) for _, seen in visible_rows(static, n_queries, n_keys))
+
+
+def visible_pairs(mask: Boolean, n_queries: int, n_keys: int) -> int:
+    """How many (i, j) the static part of `mask` lets through: exactly, all n_queries * n_keys of them where it has none. Cached."""
+    static = static_key(mask)
+    return n_queries * n_keys if static == "true" else _count(static, n_queries, n_keys)

@@ -1,0 +1,34 @@
+"""Identifiers for what a kernel reads: names of tensors and groups come from a model's graph, and must not meet the kernel's own."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Iterable
+
+_SKELETON_NAMES = """
+    query key value tensors out lse starts blocks b h i j B H Nq Nk D DV BLOCK_D BLOCK_DV BLOCK_Q BLOCK_K HEADS_PER_KEY PRECISION CHECKED
+    tl triton block_list broadcast_strides check_launch dot_precision power_of_two tile_for STATIC_MASK launch tile
+    program block first rows columns lanes value_lanes in_rows in_width in_value_width in_keys query_rows key_rows value_rows out_rows
+    query_tile key_tile value_tile lse_tile begin end slot start qk score new_max row_max row_sum shift weight rescale factor group
+    normaliser accumulator
+"""
+
+# The names that the skeleton uses itself.
+RESERVED = frozenset(_SKELETON_NAMES.split())
+
+
+def identifiers(names: Iterable[str]) -> dict[str, str]:
+    """name -> a Python identifier for it: unique, no keyword, none of `RESERVED`, and the name itself wherever it can be."""
+    taken = set(RESERVED)
+    chosen: dict[str, str] = {}
+    for name in names:
+        base = re.sub(r"\W", "_", name)
+        if not base or base[0].isdigit() or keyword.iskeyword(base):
+            base = f"t_{base}"
+        identifier, number = base, 2
+        while identifier in taken:
+            identifier, number = f"{base}_{number}", number + 1
+        taken.add(identifier)
+        chosen[name] = identifier
+    return chosen
