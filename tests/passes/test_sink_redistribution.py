@@ -10,7 +10,7 @@ from synthetic_sites import CAUSAL, CHANNELS, IMAGE, SINKS, SITES, example, site
 
 from passes import SinkRedistribution
 from rewrite.ir import NotApplicableError, PassError, Program, SinkGroups
-from rewrite.ir.semantics import attention_weights, evaluate_operation, sink_groups
+from rewrite.ir.semantics import attention_weights, evaluate_expression, evaluate_operation, sink_groups
 
 CASE = "image and text"
 
@@ -116,3 +116,17 @@ def test_out_of_range(values: dict[str, object]) -> None:
     (name,) = values
     with pytest.raises(PassError, match=rf"sink_redistribution: {name}=.* is out of range"):
         SinkRedistribution(**values)
+
+
+@pytest.mark.parametrize(("excess", "selected"), [(0.0, True), (3e-6, True), (1e-4, False)])
+def test_the_portion_of_sinks_has_the_published_codes_epsilon(excess: float, selected: bool) -> None:
+    """With an image mass of 1/2 over 12 tokens, portion <= 1/2 allows the sinks 1/4 + 6e-6."""
+    groups = SinkRedistribution().apply(Program((SITES[CASE],))).sites[0].attend.groups
+    assert groups is not None
+    one = torch.ones(1, dtype=torch.float64)
+    masses = {"visual": 0.25 - excess, "visual_sink": 0.25 + excess, "text_sink": 0.1, "text": 0.4}
+    values = {f"mass_{name}": value * one for name, value in masses.items()} | {"sink_active": one.int(), "sink_count": 12 * one}
+    factors = [float(evaluate_expression(weight, values)) for weight in groups.weights]
+    assert factors[2] == factors[3] == (0.6 if selected else 1.0)
+    assert (factors[1] > 1.0) is selected
+    assert sum(factor * masses[name] for factor, name in zip(factors, groups.names, strict=True)) == pytest.approx(1.0, rel=1e-12)
