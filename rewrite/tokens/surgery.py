@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -33,10 +34,16 @@ from rewrite.tokens.flow import Flow, Group, Label, Operand, axis_flow
 from rewrite.tokens.gather import join_positions
 from rewrite.tokens.placement import Placement, Selection, first_tensor, is_tensor, module_path, shape_of
 
-ShortOutputs = dict[fx.Node, Mapping[int, Selection]]
+
+@dataclass(frozen=True)
+class Pushed:
+    """Where selections went: `axes` of every node whose tensor is shorter than traced, and the graph outputs that stayed `short`."""
+
+    axes: Mapping[fx.Node, Mapping[int, Selection]]
+    short: Mapping[fx.Node, Selection]
 
 
-def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Selection]], short_outputs: frozenset[fx.Node]) -> ShortOutputs:
+def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Selection]], short_outputs: frozenset[fx.Node]) -> Pushed:
     """Carry the selections of `seeds` through `graph`, in place.
 
     A seed is a node whose tensor physically has, on the given axes, the selected tokens alone: a gather that was inserted and whose
@@ -49,7 +56,7 @@ def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Select
     shifted by one so must the label that the last dropped token of a run predicts.
 
     Returns:
-        the output nodes that stayed short, each with its selections by axis.
+        the selected axes of every node, and the output nodes that stayed short, each with the selection on its token axis.
 
     Raises:
         NotApplicableError: an operator computes over a selected or restored axis, has no rule, or meets two different selections; the
@@ -87,20 +94,20 @@ class _Surgery:
         self.restored: dict[fx.Node, fx.Node] = {}
         self.joined: dict[Any, Selection] = {}
 
-    def run(self) -> ShortOutputs:
-        kept: ShortOutputs = {}
+    def run(self) -> Pushed:
+        short: dict[fx.Node, Selection] = {}
         for node in list(self.graph.nodes):
             if node in self.seeds:
                 self.placements[node] = self.seed(node)
             elif node.op == "output":
-                kept = self.output(node)
+                short = self.output(node)
             elif any(source in self.placements for source in node.all_input_nodes):
                 with self.graph.inserting_before(node):
                     self.visit(node)
             if rules.in_place(node) or rules.name_of(node) == "setitem":  # what was gathered before is another tensor now
                 self.gathered.clear()
                 self.restored.clear()
-        return kept
+        return Pushed({node: place.axes for node, place in self.placements.items() if place.axes}, short)
 
     def seed(self, node: fx.Node) -> Placement:
         if first_tensor(node) is None:
@@ -247,7 +254,9 @@ class _Surgery:
         for axis in axes:
             positions = selected[operand.labels[missing + axis]].positions
             key = (value, axis + lift, positions, place.batch, rows)
+            shorter = {**self.placements.get(value, Placement()).axes, axis + lift: selected[operand.labels[missing + axis]]}
             value = self.once(key, partial(insert_gather_call, node, value, axis + lift, positions, place))
+            self.placements[value] = replace(place, axes=shorter)
         set_argument(node, operand.path, value)
 
     def join(self, flow: Flow, selected: Mapping[Label, Selection]) -> Selection:
@@ -297,16 +306,18 @@ class _Surgery:
         full = self.restored[value]
         node.replace_input_with(value, full)
 
-    def output(self, node: fx.Node) -> ShortOutputs:
-        kept: ShortOutputs = {}
+    def output(self, node: fx.Node) -> dict[fx.Node, Selection]:
+        short: dict[fx.Node, Selection] = {}
         with self.graph.inserting_before(node):
             for value in node.all_input_nodes:
                 place = self.placements.get(value)
-                if place is not None and place.axes and value in self.short_outputs:
-                    kept[value] = place.axes
-                else:
+                if place is None or not place.axes or value not in self.short_outputs:
                     self.restore_operand(node, value)
-        return kept
+                elif len(place.axes) > 1:
+                    self.refuse(value, "an output that may stay short has dropped tokens on two axes", "have it restored")
+                else:
+                    (short[value],) = place.axes.values()
+        return short
 
     def refuse(self, node: fx.Node, reason: str, advice: str) -> NoReturn:
         where = f"node {node.name} ({rules.name_of(node) or node.op}) in {module_path(node)}"
@@ -324,3 +335,6 @@ def _regrouped(node: fx.Node, flow: Flow, operand: Operand, place: Placement, gr
     first = shape_of(node)[flow.output.index(group.outs[0])]
     rows = first * place.rows / shape_of(operand.node)[place.batch]
     return (group.outs[0], int(rows)) if getattr(rows, "is_Integer", False) and rows > 0 else None
+
+
+__all__ = ["Pushed", "Selection", "insert_gather", "push_selections", "restore"]

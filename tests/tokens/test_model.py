@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from rewrite.tokens.gather import gather_tokens
-from rewrite.tokens.surgery import ShortOutputs, push_selections
-from tests.tokens.models import (
+from rewrite.tokens.surgery import Selection, push_selections
+from token_models import (
     IMAGE_TOKEN,
     LENGTH,
     VISUAL,
@@ -31,13 +32,13 @@ class Exit:
 
     def __init__(self, layer: int) -> None:
         self.layer = layer
-        self.short: ShortOutputs = {}
+        self.short: Mapping[fx.Node, Selection] = {}
 
     def __call__(self, module: fx.GraphModule) -> None:
         graph = module.graph
         mask = next(n for n in graph.nodes if n.target == "masked_scatter").args[1].args[0].args[0]
         short, selection = drop_before(graph, self.layer, mask, KEPT)
-        self.short = push_selections(graph, {short: {1: selection}}, cache_outputs(graph))
+        self.short = push_selections(graph, {short: {1: selection}}, cache_outputs(graph)).short
 
 
 @pytest.fixture(params=["eager", "sdpa"])
