@@ -1,0 +1,53 @@
+"""A compiler for attention: ``model = rewrite(model, passes=["agent", "token_exit"])``."""
+
+from typing import Any
+
+from rewrite.api import explain, kernels, rewrite
+from rewrite.ir import (
+    AttentionInputs,
+    Fits,
+    ModelCallError,
+    NoAttentionError,
+    NotApplicableError,
+    Pass,
+    PassError,
+    Program,
+    RewriteError,
+    Site,
+    available_passes,
+    parameter,
+    parse_pass,
+    register_pass,
+)
+from rewrite.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionInputs",
+    "Fits",
+    "ModelCallError",
+    "NoAttentionError",
+    "NotApplicableError",
+    "Pass",
+    "PassError",
+    "Program",
+    "Report",
+    "RewriteError",
+    "Site",
+    "available_passes",
+    "explain",
+    "kernels",
+    "parameter",
+    "parse_pass",
+    "register_pass",
+    "rewrite",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Every registered pass class is an attribute of the package: ``from rewrite import TokenExit``."""
+    for cls in available_passes():
+        if cls.__name__ == name:
+            return cls
+    raise AttributeError(f"module 'rewrite' has no attribute {name!r}")

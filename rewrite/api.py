@@ -1,0 +1,91 @@
+"""`rewrite`, `explain` and `kernels`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+import codegen
+from rewrite.compiled import InnerBackend
+from rewrite.ir.errors import PassError, RewriteError
+from rewrite.ir.passes import Pass
+from rewrite.ir.registry import as_passes
+from rewrite.report import Report
+from rewrite.session import Session, session_of
+
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
+Passes = Sequence[str | Pass] | str | Pass
+ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | None
+
+
+def rewrite(
+    model: ModuleType,
+    passes: Passes,
+    example_inputs: ExampleInputs = None,
+    inplace: bool = False,
+    backend: InnerBackend = "eager",
+) -> ModuleType:
+    """The model with its attention rewritten: same class, same state_dict keys for what was there, `generate()` still works.
+
+    model: any nn.Module that Dynamo can trace. passes: names, text with parameters (``"agent(tokens=49)"``) or objects, in any order.
+    example_inputs: a tuple of positional or a mapping of keyword arguments of `forward`; with None the rewriting happens at the first
+    call. inplace: change this model instead of a deep copy of it. backend: any torch.compile backend; it receives the rewritten graphs.
+
+    Raises `PassError` for a pass list that cannot be taken as written, `NoAttentionError`, `NotApplicableError` for a pass that fits no
+    site, and the model's own error for inputs it does not take; the model is then what it was.
+    """
+    chosen = as_passes(passes)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"rewrite() takes an nn.Module, not {type(model).__name__}")
+    if session_of(model) is not None:
+        raise RewriteError("this model is rewritten already; rewrite the original with all the passes in one list")
+    if not chosen:
+        raise PassError("the pass list is empty; explain(model, example_inputs) shows what there is to rewrite")
+    arguments, keywords = _split(example_inputs)
+    adding = [str(one) for one in chosen if one.adds_parameters()]
+    if example_inputs is None and adding:
+        raise PassError(f"{', '.join(adding)} adds parameters to the model and needs example_inputs to know their shapes")
+    target = model if inplace else copy.deepcopy(model)
+    session = Session(target, chosen, backend, may_add_parameters=example_inputs is not None)
+    session.report = Report(tuple(str(one) for one in chosen), notes=["rewriting happens at the first call"])
+    if example_inputs is not None:
+        session.prepare(arguments, keywords)
+        session.register_parameters()
+    session.install()
+    return target
+
+
+def explain(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any], passes: Passes = ()) -> Report:
+    """What `rewrite` would do with the model, as a `Report`; with no passes, what there is. The model is not changed.
+
+    Raises what `rewrite` would raise.
+    """
+    chosen = as_passes(passes)
+    session = session_of(model)
+    if session is not None:
+        raise RewriteError("this model is rewritten already; its report is model.rewrite_report")
+    arguments, keywords = _split(example_inputs)
+    session = Session(model, chosen, "eager", may_add_parameters=True)
+    session.prepare(arguments, keywords)
+    return session.report
+
+
+def kernels(model: nn.Module) -> tuple[codegen.Kernel, ...]:
+    """The kernels that were emitted for a rewritten model so far, in order of their sites."""
+    session = session_of(model)
+    if session is None:
+        raise RewriteError("this model was not rewritten; kernels() takes what rewrite() returned")
+    return tuple(session.kernels)
+
+
+def _split(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if example_inputs is None:
+        return (), {}
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple):
+        return example_inputs, {}
+    raise TypeError(f"example_inputs is a tuple or a mapping of keyword arguments, not {type(example_inputs).__name__}")

@@ -1,0 +1,188 @@
+"""Costs as closed forms: multiply-adds and bytes moved, in the sizes of a site or of an operator.
+
+One multiply-add counts once here; `torch.utils.flop_counter` counts two operations for it. Elementwise work is left out of
+multiply-adds, as it is there, and is part of the bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import fx
+
+import codegen
+from rewrite.ir.operations import Attend, DepthwiseConv, Pool
+from rewrite.ir.site import Site
+from rewrite.recognise.operators import canonical, hinted_shape, value_of
+
+SIZES: Mapping[str, sympy.Symbol] = {
+    name: sympy.Symbol(name, integer=True, positive=True)
+    for name in ("B", "H", "Hkv", "Nq", "Nk", "D", "Dv", "P", "pairs", "k", "itemsize")
+}
+_S = SIZES
+
+
+@dataclass(frozen=True)
+class Cost:
+    """multiply_adds and bytes as expressions, and the sizes to put into them."""
+
+    multiply_adds_formula: sympy.Expr
+    bytes_formula: sympy.Expr
+    sizes: tuple[tuple[str, int], ...]
+
+    @property
+    def multiply_adds(self) -> int:
+        return int(self._value(self.multiply_adds_formula))
+
+    @property
+    def bytes(self) -> int:
+        return int(self._value(self.bytes_formula))
+
+    def _value(self, formula: sympy.Expr) -> sympy.Expr:
+        return sympy.sympify(formula).subs({_S[name]: value for name, value in self.sizes if name in _S})
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """Totals of a whole graph at the traced shapes: multiply-adds of every contraction, bytes of their operands and results."""
+
+    multiply_adds: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: GraphCost) -> GraphCost:
+        return GraphCost(self.multiply_adds + other.multiply_adds, self.bytes + other.bytes)
+
+
+def attention_cost(sizes: Mapping[str, int], itemsize: int, materialised: bool) -> Cost:
+    """Softmax attention: B H pairs (D + Dv) multiply-adds; bytes of query, key, value and result, and of the map where it is written.
+
+    A materialised map moves four times: the scores are written and read by the softmax, its result is written and read again.
+    """
+    fused = _S["B"] * (_S["H"] * _S["Nq"] * (_S["D"] + _S["Dv"]) + _S["Hkv"] * _S["Nk"] * (_S["D"] + _S["Dv"]))
+    moved = fused + (4 * _S["B"] * _S["H"] * _S["Nq"] * _S["Nk"] if materialised else 0)
+    pairs = {"pairs": sizes["Nq"] * sizes["Nk"], **sizes, "itemsize": itemsize}
+    return Cost(_S["B"] * _S["H"] * _S["pairs"] * (_S["D"] + _S["Dv"]), _S["itemsize"] * moved, tuple(sorted(pairs.items())))
+
+
+def site_cost(site: Site, itemsize: int, materialised: bool = False) -> Cost:
+    """The cost of a site's body, its sizes being those of the site."""
+    if len(site.body.operations) == 1:
+        cost = attention_cost(site.dims, itemsize, materialised)
+        pairs = codegen.visible_pairs(site.attend, site.dims["Nq"], site.dims["Nk"])
+        return Cost(cost.multiply_adds_formula, cost.bytes_formula, (*(e for e in cost.sizes if e[0] != "pairs"), ("pairs", pairs)))
+    return _body_cost(site, itemsize)
+
+
+def _body_cost(site: Site, itemsize: int) -> Cost:
+    """The sum over a body's operations; token numbers follow from the pooling operations."""
+    tokens: dict[str, int] = {"query": site.dims["Nq"], "key": site.dims["Nk"], "value": site.dims["Nk"]}
+    multiply_adds: sympy.Expr = sympy.Integer(0)
+    moved: sympy.Expr = sympy.Integer(0)
+    for operation in site.body.operations:
+        match operation:
+            case Pool():
+                tokens[operation.result] = math.prod(operation.size)
+                moved += _S["B"] * _S["H"] * _S["D"] * (tokens[operation.source] + tokens[operation.result])
+            case Attend():
+                n_queries, n_keys = tokens[operation.query], tokens[operation.key]
+                tokens[operation.result] = n_queries
+                pairs = codegen.visible_pairs(operation, n_queries, n_keys)
+                multiply_adds += _S["B"] * _S["H"] * pairs * (_S["D"] + _S["Dv"])
+                moved += _S["B"] * _S["H"] * (n_queries + n_keys) * (_S["D"] + _S["Dv"])
+            case DepthwiseConv():
+                tokens[operation.result] = tokens[operation.source]
+                taps = 9  # the paper's kernel is 3 x 3
+                multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * math.prod(operation.grid) * taps
+                moved += 2 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.source]
+            case _:
+                pass
+    return Cost(multiply_adds, _S["itemsize"] * moved, tuple(sorted({**site.dims, "itemsize": itemsize}.items())))
+
+
+def node_itemsize(node: fx.Node) -> int:
+    """Bytes of one element of a traced tensor."""
+    value = value_of(node)
+    return value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+Shapes = Mapping[fx.Node, Mapping[int, int]]
+
+
+def _shape(node: fx.Node, shapes: Shapes) -> list[int]:
+    """A node's traced shape with the axes on which tokens have left since."""
+    shape = list(hinted_shape(node))
+    for axis, extent in shapes.get(node, {}).items():
+        shape[axis] = extent
+    return shape
+
+
+def _linear(node: fx.Node, shapes: Shapes) -> int:
+    source, weight = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
+    return math.prod(_shape(source, shapes)) * hinted_shape(weight)[0]
+
+
+def _matmul(node: fx.Node, shapes: Shapes) -> int:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return math.prod(_shape(node, shapes)) * _shape(source, shapes)[-1]
+
+
+def _baddbmm(node: fx.Node, shapes: Shapes) -> int:
+    left = node.args[1]
+    assert isinstance(left, fx.Node)
+    return math.prod(_shape(node, shapes)) * _shape(left, shapes)[-1]
+
+
+def _conv(node: fx.Node, shapes: Shapes) -> int:
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
+    return math.prod(_shape(node, shapes)) * math.prod(hinted_shape(weight)[1:])
+
+
+def _attention(node: fx.Node, shapes: Shapes) -> int:
+    query, key, value = (node.args[place] if place < len(node.args) else node.kwargs[name] for place, name in enumerate(("query", "key", "value")))
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
+    rows, columns = math.prod(_shape(query, shapes)[:-1]), _shape(key, shapes)[-2]
+    return rows * columns * (_shape(query, shapes)[-1] + _shape(value, shapes)[-1])
+
+
+def _einsum(node: fx.Node, shapes: Shapes) -> int:
+    equation, *operands = node.args
+    if not isinstance(equation, str) or "." in equation or not all(isinstance(operand, fx.Node) for operand in operands):
+        return 0
+    sizes: dict[str, int] = {}
+    for letters, operand in zip(equation.replace(" ", "").split("->")[0].split(","), operands, strict=True):
+        assert isinstance(operand, fx.Node)
+        sizes.update(zip(letters, _shape(operand, shapes), strict=True))
+    return math.prod(sizes.values())
+
+
+_NODE_COST: Mapping[str, Callable[[fx.Node, Shapes], int]] = {
+    "linear": _linear,
+    "matmul": _matmul,
+    "baddbmm": _baddbmm,
+    "conv": _conv,
+    "attention": _attention,
+    "einsum": _einsum,
+}
+
+
+def graph_cost(graph: fx.Graph, shapes: Shapes) -> GraphCost:
+    """Multiply-adds and bytes of every contraction of a graph of the original model, with tokens gone on the axes in `shapes`."""
+    total = GraphCost()
+    for node in graph.nodes:
+        formula = _NODE_COST.get(canonical(node))
+        if formula is None or not isinstance(value_of(node), torch.Tensor):
+            continue
+        touched = [entry for entry in (node, *node.all_input_nodes) if isinstance(value_of(entry), torch.Tensor)]
+        moved = sum(math.prod(_shape(entry, shapes)) * node_itemsize(entry) for entry in touched)
+        total += GraphCost(formula(node, shapes), moved)
+    return total

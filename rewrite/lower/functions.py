@@ -1,0 +1,63 @@
+"""What a rewritten graph calls for the operations that are plain torch: one function each, taking tensors and literals only.
+
+They are the IR's own semantics; the attention itself is the registered operator of `codegen`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rewrite.ir import semantics
+from rewrite.ir.operations import DepthwiseConv, GridBias, Pool, SinkGroups
+
+
+def pool(source: torch.Tensor, grid: tuple[int, ...], size: tuple[int, ...], prefix: int) -> torch.Tensor:
+    """Adaptive average pooling of tokens on a grid; see `Pool`."""
+    return semantics.pool(Pool("", "source", tuple(grid), tuple(size), prefix), {"source": source})
+
+
+def depthwise_conv(
+    source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grid: tuple[int, int], prefix: int
+) -> torch.Tensor:
+    """Depthwise convolution of tokens as an image; see `DepthwiseConv`."""
+    operation = DepthwiseConv("", "source", "weight", "bias", (grid[0], grid[1]), prefix)
+    return semantics.depthwise_conv(operation, {"source": source, "weight": weight, "bias": bias})
+
+
+def grid_bias(
+    table: torch.Tensor,
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    prefix: torch.Tensor | None,
+    grid: tuple[int, int],
+    transposed: bool,
+) -> torch.Tensor:
+    """An attention bias interpolated to a grid; see `GridBias`."""
+    values = {"table": table, "rows": rows, "columns": columns}
+    if prefix is not None:
+        values["prefix"] = prefix
+    operation = GridBias("", "table", "rows", "columns", None if prefix is None else "prefix", (grid[0], grid[1]), transposed)
+    return semantics.grid_bias(operation, values)
+
+
+def sink_groups(
+    hidden: torch.Tensor,
+    visual: torch.Tensor,
+    cached: torch.Tensor | None,
+    dims: tuple[int, ...],
+    threshold: float,
+    epsilon: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Groups of keys for visual attention sinks, which queries they act on, and the number of visual tokens; see `SinkGroups`."""
+    operation = SinkGroups("", "", "", "hidden", "visual", tuple(dims), threshold, epsilon)
+    return semantics.sink_groups(operation, {"hidden": hidden, "visual": visual}, cached)
+
+
+def no_visual(hidden: torch.Tensor) -> torch.Tensor:
+    """[B, N] of False: the new tokens of a call without images."""
+    return torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+
+
+def padded_groups(groups: torch.Tensor, length: int) -> torch.Tensor:
+    """The groups of a KV cache whose later entries were generated: text, group 0. groups [B, n] -> [B, length]."""
+    return torch.nn.functional.pad(groups, (0, length - groups.shape[1]))

@@ -1,0 +1,119 @@
+"""IR to FX: a site's region is replaced by the nodes of its body."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewrite.ir.operations import Attend, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Sum
+from rewrite.ir.site import Site
+from rewrite.lower import functions
+from rewrite.recognise.operators import value_of
+from rewrite.recognise.region import Region
+
+
+@dataclass
+class Lowered:
+    """What lowering one site added to the graph: the nodes of its body by IR name."""
+
+    values: dict[str, fx.Node] = field(default_factory=dict)
+
+
+def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, fx.Node]) -> Lowered:
+    """Replace the region's output by the site's body.
+
+    given: nodes for operands that are not the region's own ("hidden", "visual", "cached_groups") and for added parameters, by IR name.
+    The nodes that the region no longer needs are left to dead-code elimination.
+    """
+    values: dict[str, fx.Node] = dict(given)
+    dtype = _tensor(region.output).dtype
+    with graph.inserting_before(region.output):
+        for name, operand in region.operands().items():
+            node = operand.node
+            for method, arguments in operand.layout.steps():
+                node = graph.call_method(method, (node, *arguments))
+            # Under autocast the contraction ran in the output's type; an operand in another one is brought to it.
+            if name in ("query", "key", "value") and _tensor(operand.node).dtype != dtype:
+                node = graph.call_method("to", (node, dtype))
+            values[name] = node
+        for operation in site.body.operations:
+            _LOWER[type(operation)](graph, operation, values)
+        result = values[site.body.result]
+        if region.output_order != (0, 1, 2, 3):
+            result = graph.call_method("permute", (result, region.output_order))
+        if region.output_shape is not None:
+            result = graph.call_method("reshape", (result, region.output_shape))
+    result.meta["example_value"] = value_of(region.output)
+    region.output.replace_all_uses_with(result)
+    return Lowered(values)
+
+
+def _tensor(node: fx.Node) -> torch.Tensor:
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{node.name} is not a tensor")
+    return value
+
+
+def _attend(graph: fx.Graph, operation: Attend, values: dict[str, fx.Node]) -> None:
+    tensors = [values[name] for name in operation.tensors()]
+    both = graph.call_function(
+        torch.ops.rewrite.attend.default,
+        (values[operation.query], values[operation.key], values[operation.value], tensors, operation.to_json()),
+    )
+    values[operation.result] = graph.call_function(operator.getitem, (both, 0))
+
+
+def _pool(graph: fx.Graph, operation: Pool, values: dict[str, fx.Node]) -> None:
+    values[operation.result] = graph.call_function(
+        functions.pool, (values[operation.source], operation.grid, operation.size, operation.prefix)
+    )
+
+
+def _depthwise_conv(graph: fx.Graph, operation: DepthwiseConv, values: dict[str, fx.Node]) -> None:
+    tensors = (values[name] for name in (operation.source, operation.weight, operation.bias))
+    values[operation.result] = graph.call_function(functions.depthwise_conv, (*tensors, operation.grid, operation.prefix))
+
+
+def _grid_bias(graph: fx.Graph, operation: GridBias, values: dict[str, fx.Node]) -> None:
+    tensors = (values[name] for name in (operation.table, operation.rows, operation.columns))
+    prefix = None if operation.prefix is None else values[operation.prefix]
+    values[operation.result] = graph.call_function(functions.grid_bias, (*tensors, prefix, operation.grid, operation.transposed))
+
+
+def _sum(graph: fx.Graph, operation: Sum, values: dict[str, fx.Node]) -> None:
+    total = values[operation.terms[0]]
+    for term in operation.terms[1:]:
+        total = graph.call_function(operator.add, (total, values[term]))
+    values[operation.result] = total
+
+
+def _sink_groups(graph: fx.Graph, operation: SinkGroups, values: dict[str, fx.Node]) -> None:
+    results = graph.call_function(
+        functions.sink_groups,
+        (
+            values[operation.hidden],
+            values[operation.visual],
+            values.get("cached_groups"),
+            operation.dims,
+            operation.threshold,
+            operation.epsilon,
+        ),
+    )
+    for place, name in enumerate((operation.result, operation.active, operation.count)):
+        values[name] = graph.call_function(operator.getitem, (results, place))
+
+
+_LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], None]] = {
+    Attend: _attend,
+    Pool: _pool,
+    DepthwiseConv: _depthwise_conv,
+    GridBias: _grid_bias,
+    Sum: _sum,
+    SinkGroups: _sink_groups,
+}

@@ -1,0 +1,208 @@
+"""Index algebra: which index every axis of a tensor runs over, carried through views.
+
+An axis is a product of atoms, slowest first: after ``reshape(B, N, H*D)`` the last axis is (h, d). A view regroups atoms, and splits one
+where it must; a permutation reorders axes; an expanded axis has lost its atom, the tensor being the same along it. Two tensors agree on
+an index if they hold the same atom, however each was laid out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from rewrite.recognise.operators import argument, canonical, hinted_shape
+
+
+@dataclass(eq=False)
+class Atom:
+    """One index and its size; `parts` holds the finer atoms it was split into, slowest first."""
+
+    label: str
+    size: int
+    parts: list[Atom] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"{self.label}:{self.size}"
+
+
+Axis = tuple[Atom, ...]
+Axes = tuple[Axis, ...]
+
+
+class MismatchError(Exception):
+    """The axes do not fit an operator; the message says where."""
+
+
+def leaves(axis: Axis) -> Axis:
+    """The finest atoms of an axis, those of size one left out."""
+    found: list[Atom] = []
+    for atom in axis:
+        found.extend(leaves(tuple(atom.parts)) if atom.parts else (atom,))
+    return tuple(atom for atom in found if atom.size != 1)
+
+
+def resolve(axes: Axes) -> Axes:
+    return tuple(leaves(axis) for axis in axes)
+
+
+def fresh(label: str, size: int) -> Axis:
+    """A new index as an axis (no atom where it has one value only)."""
+    return (Atom(label, size),) if size != 1 else ()
+
+
+def size(axis: Axis) -> int:
+    return math.prod(atom.size for atom in axis)
+
+
+def _split(atom: Atom, outer: int) -> None:
+    """Split an atom into (outer, size / outer)."""
+    if atom.size % outer:
+        raise MismatchError(f"an axis of {atom.size} cannot be cut into {outer}")
+    atom.parts = [Atom(atom.label, outer), Atom(atom.label, atom.size // outer)]
+
+
+def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
+    """The axes of the same elements viewed with another shape (row-major)."""
+    queue = [atom for axis in resolve(axes) for atom in axis]
+    grouped: list[Axis] = []
+    for extent in shape:
+        taken: list[Atom] = []
+        left = extent
+        while left > 1:
+            if not queue:
+                raise MismatchError(f"the view {tuple(shape)} has more elements than the tensor")
+            atom = queue.pop(0)
+            if atom.size <= left and left % atom.size == 0:
+                taken.append(atom)
+                left //= atom.size
+            else:
+                outer = math.gcd(atom.size, left)
+                if outer == 1 or outer != left:
+                    raise MismatchError(f"the view {tuple(shape)} cuts an index of {atom.size} unevenly")
+                _split(atom, outer)
+                taken.append(atom.parts[0])
+                queue.insert(0, atom.parts[1])
+                left = 1
+        grouped.append(tuple(taken))
+    if any(atom.size != 1 for atom in queue):
+        raise MismatchError(f"the view {tuple(shape)} has fewer elements than the tensor")
+    return tuple(grouped)
+
+
+def unify(one: Axis, other: Axis) -> None:
+    """Make two axes run over the same index: `other`'s atoms become those of `one`."""
+    left, right = list(leaves(one)), list(leaves(other))
+    if math.prod(atom.size for atom in left) != math.prod(atom.size for atom in right):
+        raise MismatchError(f"axes of {size(tuple(left))} and {size(tuple(right))} do not match")
+    while left and right:
+        a, b = left.pop(0), right.pop(0)
+        if a is b:
+            continue
+        if a.size == b.size:
+            b.parts = [a]
+        elif a.size > b.size:
+            _split(a, b.size)
+            b.parts = [a.parts[0]]
+            left.insert(0, a.parts[1])
+        else:
+            _split(b, a.size)
+            b.parts[0].parts = [a]
+            right.insert(0, b.parts[1])
+
+
+def _dim(index: int, rank: int) -> int:
+    return index + rank if index < 0 else index
+
+
+def back_through(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+    """One view undone: the node's input and that input's axes, or None where the node is not a view.
+
+    An axis that was expanded from size one comes back without its atom.
+    """
+    name = canonical(node)
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    rank = len(axes)
+    if name in ("contiguous", "clone"):
+        return source, axes
+    if name == "transpose":
+        first, second = (_dim(int(argument_at(node, position)), rank) for position in (1, 2))
+        order = list(range(rank))
+        order[first], order[second] = order[second], order[first]
+        return source, tuple(axes[place] for place in order)
+    if name == "permute":
+        order = [_dim(int(place), rank) for place in _sequence(node.args[1:])]
+        undone: list[Axis] = [()] * rank
+        for place, origin in enumerate(order):
+            undone[origin] = axes[place]
+        return source, tuple(undone)
+    if name in ("reshape", "flatten", "unflatten", "squeeze", "unsqueeze"):
+        return source, regroup(axes, hinted_shape(source))
+    if name in ("expand", "expand_as"):
+        shape = hinted_shape(source)
+        lead = rank - len(shape)
+        return source, tuple(axes[lead + place] if extent != 1 else () for place, extent in enumerate(shape))
+    if name == "repeat_interleave":
+        return _back_through_repeat(node, source, axes)
+    if name == "getitem":
+        return _back_through_index(node, source, axes)
+    return None
+
+
+def argument_at(node: fx.Node, position: int) -> Any:
+    names = ("input", "dim0", "dim1")
+    return node.args[position] if position < len(node.args) else node.kwargs[names[position]]
+
+
+def _sequence(arguments: tuple[Any, ...]) -> Sequence[Any]:
+    return arguments[0] if len(arguments) == 1 and isinstance(arguments[0], list | tuple) else arguments
+
+
+def _back_through_repeat(node: fx.Node, source: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+    repeats = node.args[1] if len(node.args) > 1 else node.kwargs.get("repeats")
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+    if not isinstance(repeats, int) or not isinstance(dim, int):
+        return None
+    place = _dim(dim, len(axes))
+    kept = regroup((axes[place],), (size(leaves(axes[place])) // repeats, repeats))
+    return source, (*axes[:place], kept[0], *axes[place + 1 :])
+
+
+def _back_through_index(node: fx.Node, source: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
+    """x[:, :, None] only puts in axes of size one; any other index is not a view of all elements."""
+    index = node.args[1]
+    entries = index if isinstance(index, tuple) else (index,)
+    if any(not (entry is None or entry is Ellipsis or entry == slice(None)) for entry in entries):
+        return None
+    return source, regroup(axes, hinted_shape(source))
+
+
+def origin(node: fx.Node, axes: Axes, rank: int = 4) -> tuple[fx.Node, Axes]:
+    """The tensor to read an operand from: back through views to where shared heads appear once.
+
+    Of all the tensors on the way, the nearest of those with the fewest elements (an expansion makes more) and, among them, of the
+    IR's own rank where there is one.
+    """
+    candidates = [(node, resolve(axes))]
+    while True:
+        try:
+            step = back_through(node, axes)
+        except MismatchError:
+            break
+        if step is None:
+            break
+        node, axes = step
+        candidates.append((node, axes))
+    resolved = [(place, resolve(found)) for place, found in candidates]
+    fewest = min(_elements(found) for _, found in resolved)
+    smallest = [(place, found) for place, found in resolved if _elements(found) == fewest]
+    return next((entry for entry in smallest if len(entry[1]) == rank), smallest[0])
+
+
+def _elements(axes: Axes) -> int:
+    return math.prod(atom.size for axis in axes for atom in axis)

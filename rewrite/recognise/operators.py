@@ -1,0 +1,151 @@
+"""One name per operator, however it was spelt: function, method, in-place method or Python operator.
+
+The graphs that Dynamo hands to a backend hold torch-level calls; everything downstream asks for `canonical(node)` and `argument(...)`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.nn import functional
+
+# canonical name -> the functions that mean it (method names are matched by `_METHODS`).
+_FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
+    "add": (torch.add, operator.add, operator.iadd),
+    "sub": (torch.sub, operator.sub, operator.isub),
+    "mul": (torch.mul, operator.mul, operator.imul),
+    "div": (torch.div, torch.true_divide, operator.truediv, operator.itruediv),
+    "matmul": (torch.matmul, torch.bmm, operator.matmul),
+    "baddbmm": (torch.baddbmm,),
+    "einsum": (torch.einsum, functional.__dict__.get("einsum", torch.einsum)),
+    "linear": (functional.linear, torch._C._nn.linear),
+    "conv": (torch.conv1d, torch.conv2d, torch.conv3d, functional.conv1d, functional.conv2d, functional.conv3d),
+    "softmax": (torch.softmax, functional.softmax, torch.nn.functional.softmax),
+    "attention": (functional.scaled_dot_product_attention,),
+    "dropout": (functional.dropout, torch.dropout, functional.dropout1d),
+    "transpose": (torch.transpose, torch.swapaxes, torch.swapdims),
+    "permute": (torch.permute,),
+    "reshape": (torch.reshape,),
+    "flatten": (torch.flatten,),
+    "unflatten": (torch.unflatten,),
+    "unsqueeze": (torch.unsqueeze,),
+    "squeeze": (torch.squeeze,),
+    "getitem": (operator.getitem,),
+    "cat": (torch.cat, torch.concat, torch.concatenate),
+    "masked_fill": (torch.masked_fill,),
+    "where": (torch.where,),
+    "layer_norm": (functional.layer_norm, torch.layer_norm),
+    "rms_norm": (functional.rms_norm, torch.rms_norm),
+    "repeat_interleave": (torch.repeat_interleave,),
+    "clone": (torch.clone,),
+}
+
+# canonical name -> the tensor methods that mean it.
+_METHODS: Mapping[str, tuple[str, ...]] = {
+    "add": ("add", "add_", "__add__", "__radd__"),
+    "sub": ("sub", "sub_"),
+    "mul": ("mul", "mul_", "multiply"),
+    "div": ("div", "div_", "true_divide"),
+    "matmul": ("matmul", "bmm", "__matmul__"),
+    "baddbmm": ("baddbmm",),
+    "softmax": ("softmax",),
+    "transpose": ("transpose", "swapaxes", "swapdims"),
+    "permute": ("permute",),
+    "reshape": ("reshape", "view"),
+    "flatten": ("flatten",),
+    "unflatten": ("unflatten",),
+    "unsqueeze": ("unsqueeze",),
+    "squeeze": ("squeeze",),
+    "expand": ("expand",),
+    "expand_as": ("expand_as",),
+    "repeat_interleave": ("repeat_interleave",),
+    "masked_fill": ("masked_fill", "masked_fill_"),
+    "where": ("where",),
+    "cast": ("to", "float", "half", "bfloat16", "double", "type", "type_as"),
+    "contiguous": ("contiguous",),
+    "clone": ("clone",),
+    "mT": ("t",),
+}
+
+_BY_FUNCTION: dict[Any, str] = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
+_BY_METHOD: dict[str, str] = {method: name for name, methods in _METHODS.items() for method in methods}
+
+# The position at which each operator takes an argument that may also be given by name.
+_POSITIONS: Mapping[tuple[str, str], int] = {
+    ("softmax", "dim"): 1,
+    ("attention", "attn_mask"): 3,
+    ("attention", "dropout_p"): 4,
+    ("attention", "is_causal"): 5,
+    ("dropout", "p"): 1,
+    ("dropout", "training"): 2,
+    ("cat", "dim"): 1,
+    ("unsqueeze", "dim"): 1,
+    ("flatten", "start_dim"): 1,
+    ("flatten", "end_dim"): 2,
+    ("layer_norm", "normalized_shape"): 1,
+}
+
+
+def canonical(node: fx.Node) -> str:
+    """The operator's one name, or an empty string for placeholders, outputs and operators not in the table."""
+    if node.op == "call_function":
+        return _BY_FUNCTION.get(node.target, "")
+    if node.op == "call_method":
+        return _BY_METHOD.get(str(node.target), "")
+    return ""
+
+
+def spelled(node: fx.Node) -> str:
+    """The operator as the graph spells it, for messages."""
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def argument(node: fx.Node, name: str, default: Any = None) -> Any:
+    """An argument by name, wherever it was written."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    position = _POSITIONS.get((canonical(node), name))
+    return node.args[position] if position is not None and position < len(node.args) else default
+
+
+def value_of(node: fx.Node) -> Any:
+    """What the node held when it was traced: a fake tensor, a size, or a tuple of such."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
+    """The traced shape of a tensor node (sizes may be symbolic), or None."""
+    value = value_of(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def hint(size: Any) -> int:
+    """A size as a number: the one it was traced with where it is symbolic."""
+    if isinstance(size, torch.SymInt):
+        known = size.node.hint
+        if known is None:
+            raise ValueError(f"the size {size} depends on data and has no traced value")
+        return int(known)
+    return int(size)
+
+
+def hinted_shape(node: fx.Node) -> tuple[int, ...]:
+    """The traced shape of a tensor node in numbers."""
+    shape = shape_of(node)
+    if shape is None:
+        raise ValueError(f"{node.name} is not a tensor")
+    return tuple(hint(size) for size in shape)
+
+
+def module_path(node: fx.Node) -> str:
+    """Qualified name of the innermost module the node was traced in, relative to the traced root ("" for the root itself)."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = str(list(stack.values())[-1][0])
+    # Dynamo writes L['self'].a.b or L['self']._modules['a']...; what follows the first ] names the module.
+    return path.split("].", 1)[1] if "]." in path else ""

@@ -1,0 +1,155 @@
+"""From a graph to a program: regions, verified and placed in the model, as sites of the IR."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from rewrite.ir.operations import Body
+from rewrite.ir.program import Program
+from rewrite.ir.site import Site, TokenLayout
+from rewrite.recognise.masks import hides_later
+from rewrite.recognise.operators import hinted_shape, module_path
+from rewrite.recognise.region import Region
+from rewrite.recognise.regions import NearMiss, find_regions
+from rewrite.recognise.streams import cache_entries, reaches, residual_stream, self_source
+from rewrite.recognise.verify import region_attend, structure, verify
+from rewrite.tokens.layout import TokenLayouts
+from rewrite.tokens.visual import VisualMerge, visual_merges
+
+
+@dataclass
+class Found:
+    """What recognition knows of one site beside the IR: the graph's nodes."""
+
+    site: Site
+    region: Region
+    stream: fx.Node | None = None
+    merge: VisualMerge | None = None
+    cache: tuple[fx.Node, ...] = ()
+
+
+@dataclass
+class Recognition:
+    """The sites of a graph, and what was not recognised."""
+
+    found: list[Found] = field(default_factory=list)
+    misses: list[NearMiss] = field(default_factory=list)
+
+    @property
+    def program(self) -> Program:
+        return Program(tuple(entry.site for entry in self.found))
+
+    def by_name(self, name: str) -> Found:
+        return next(entry for entry in self.found if entry.site.name == name)
+
+
+def recognise(
+    graph: fx.Graph,
+    inputs: Mapping[fx.Node, Any],
+    qualify: Callable[[str], str] = lambda path: path,
+    has_visual_cache: Callable[[fx.Node], bool] = lambda node: False,
+    proofs: dict[str, str | None] | None = None,
+) -> Recognition:
+    """Every attention of a graph, proved.
+
+    inputs: what the graph was traced with, by placeholder. qualify: module path in the graph -> qualified name in the model.
+    has_visual_cache: whether a KV cache entry is known to hold visual tokens. proofs: results of earlier verifications, by structure.
+    """
+    proofs = {} if proofs is None else proofs
+    regions, misses = find_regions(graph)
+    recognition = Recognition(misses=misses)
+    taken: Counter[str] = Counter()
+    merges = visual_merges(graph)
+    layouts = TokenLayouts(graph)
+    stacks = _Stacks()
+    for region in regions:
+        key = structure(region)
+        if key not in proofs:
+            proofs[key] = verify(region)
+        path = qualify(module_path(region.core))
+        if proofs[key] is not None:
+            misses.append(NearMiss(region.core.name, path, f"its IR was not confirmed: {proofs[key]}"))
+            continue
+        taken[path] += 1
+        name = path if taken[path] == 1 else f"{path}:{taken[path]}"
+        recognition.found.append(_place(region, name, inputs, merges, stacks, layouts, has_visual_cache))
+    depth = Counter(entry.site.stack for entry in recognition.found)
+    for entry in recognition.found:
+        entry.site = replace(entry.site, depth=depth[entry.site.stack])
+    return recognition
+
+
+class _Stacks:
+    """Numbers the stacks: sites whose residual streams follow from one another."""
+
+    def __init__(self) -> None:
+        self.streams: dict[fx.Node, int] = {}
+        self.layers: Counter[int] = Counter()
+        self.merges: dict[int, VisualMerge] = {}
+        self.count = 0
+
+    def place(self, stream: fx.Node | None, merges: list[VisualMerge]) -> tuple[int, int, VisualMerge | None]:
+        """(stack, layer, visual merge) of a site with the given residual stream."""
+        previous = None if stream is None else (stream if stream in self.streams else reaches(stream, set(self.streams)))
+        if previous is None:
+            number = self.count
+            self.count += 1
+            nodes = {merge.node: merge for merge in merges}
+            if stream is not None:
+                merge = nodes.get(stream) or nodes.get(reaches(stream, set(nodes)) or stream)
+                if merge is not None:
+                    self.merges[number] = merge
+        else:
+            number = self.streams[previous]
+        if stream is not None:
+            self.streams[stream] = number
+        layer = self.layers[number]
+        self.layers[number] += 1
+        return number, layer, self.merges.get(number)
+
+
+def _place(
+    region: Region,
+    name: str,
+    inputs: Mapping[fx.Node, Any],
+    merges: list[VisualMerge],
+    stacks: _Stacks,
+    layouts: TokenLayouts,
+    has_visual_cache: Callable[[fx.Node], bool],
+) -> Found:
+    source = self_source(region)
+    stream = residual_stream(source) if source is not None and len(hinted_shape(source)) == 3 else None
+    stack, layer, merge = stacks.place(stream, merges)
+    cache = tuple(cache_entries(region.key.node) + cache_entries(region.value.node))
+    visual = merge is not None or any(has_visual_cache(entry) for entry in cache)
+    dims = dict(region.sizes)
+    operands = list(region.operands())
+    if stream is not None and hinted_shape(stream)[1] == dims["Nq"]:
+        operands.append("hidden")
+        dims["C"] = hinted_shape(stream)[2]
+        if visual:
+            operands.append("visual")
+    lies = None if source is None else layouts.of(source)
+    # Tokens behind the grid are no part of what a pass knows of a layout; such a site is a plain sequence to it.
+    grid, prefix = (lies.grid, lies.prefix) if lies is not None and not lies.suffix else (None, 0)
+    site = Site(
+        name=name,
+        layer=layer,
+        depth=0,
+        stack=stack,
+        kind="cross" if source is None else "self",
+        body=Body((region_attend(region),)),
+        dims=dims,
+        layout=TokenLayout(grid=grid, prefix=prefix, visual=visual),
+        operands=tuple(operands),
+        cached=bool(cache),
+        dropout=region.dropout,
+        map_read=bool(region.map_readers),
+        hides_later=hides_later(region, inputs),
+    )
+    return Found(site, region, stream, merge, cache)

@@ -1,0 +1,104 @@
+"""Where an attention's tensors come from: self or cross, the residual stream in front of it, the stack of layers it belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
+from rewrite.recognise.region import Region
+
+# Projections from channels to channels; the walk back from queries and keys ends at their input.
+_PROJECTIONS = frozenset({"linear", "conv"})
+# Per-token normalisation and what does not change the tokens: the walk from a projection to the residual stream goes through these.
+_NORMALISATION = frozenset({"layer_norm", "rms_norm", "cast", "dropout", "contiguous", "clone"})
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """True for a placeholder or attribute that holds a parameter or buffer of the model."""
+    if node.op == "get_attr":
+        return True
+    return node.op == "placeholder" and ("_parameters_" in str(node.target) or "_buffers_" in str(node.target))
+
+
+def sources(node: fx.Node) -> set[fx.Node]:
+    """The activations that were projected on the way to a node; a KV cache entry on the way is a placeholder and contributes nothing."""
+    found: set[fx.Node] = set()
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if canonical(current) in _PROJECTIONS:
+            source = current.args[0]
+            if isinstance(source, fx.Node):
+                found.add(source)
+            continue
+        for previous in current.all_input_nodes:
+            if previous not in seen and isinstance(value_of(previous), torch.Tensor | tuple | list):
+                seen.add(previous)
+                stack.append(previous)
+    return found
+
+
+def cache_entries(node: fx.Node) -> list[fx.Node]:
+    """The placeholders of earlier keys or values that are joined in front of a node's own (``cat([past, new], -2)``), nearest first."""
+    found: list[fx.Node] = []
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if canonical(current) in _PROJECTIONS:
+            continue
+        if canonical(current) == "cat":
+            parts = argument(current, "tensors", current.args[0] if current.args else ())
+            found += [part for part in parts if part.op == "placeholder" and not is_parameter(part)]
+        for previous in current.all_input_nodes:
+            if previous not in seen and isinstance(value_of(previous), torch.Tensor):
+                seen.add(previous)
+                stack.append(previous)
+    return found
+
+
+def residual_stream(projected: fx.Node) -> fx.Node:
+    """The residual stream that a projection's input was normalised from: the layer's input in a pre-norm layer, the tensor itself else."""
+    node = projected
+    shape = hinted_shape(node)
+    while not any(canonical(user) in ("add", "sub") and hinted_shape(user) == shape for user in _tensor_users(node)):
+        previous: fx.Node | None = None
+        if canonical(node) in _NORMALISATION:
+            previous = node.args[0] if isinstance(node.args[0], fx.Node) else None
+        elif canonical(node) == "mul":
+            full = [entry for entry in node.args if isinstance(entry, fx.Node) and not is_parameter(entry)]
+            full = [entry for entry in full if isinstance(value_of(entry), torch.Tensor) and hinted_shape(entry) == shape]
+            previous = full[0] if len(full) == 1 else None
+        if previous is None:
+            break
+        node = previous
+    return node
+
+
+def _tensor_users(node: fx.Node) -> Iterable[fx.Node]:
+    return (user for user in node.users if isinstance(value_of(user), torch.Tensor))
+
+
+def reaches(node: fx.Node, targets: set[fx.Node]) -> fx.Node | None:
+    """The nearest of the targets that a tensor was computed from without its shape ever changing: one residual stream."""
+    shape = hinted_shape(node)
+    queue, seen = [node], {node}
+    while queue:
+        current = queue.pop(0)
+        for previous in current.all_input_nodes:
+            if previous in seen or not isinstance(value_of(previous), torch.Tensor):
+                continue
+            seen.add(previous)
+            if previous in targets:
+                return previous
+            if hinted_shape(previous) == shape:
+                queue.append(previous)
+    return None
+
+
+def self_source(region: Region) -> fx.Node | None:
+    """The tensor that both queries and keys were projected from, or None where they have no source in common (cross-attention)."""
+    common = sources(region.query.node) & sources(region.key.node)
+    return min(common) if common else None

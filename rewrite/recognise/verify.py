@@ -1,0 +1,122 @@
+"""Proof of a region: its IR against the nodes it was read from, in float64, on random inputs of the traced shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewrite.ir.operations import Attend
+from rewrite.ir.semantics import attend
+from rewrite.recognise.operators import canonical, hint, hinted_shape, spelled, value_of
+from rewrite.recognise.region import Region
+from rewrite.recognise.regions import interior
+
+# Two draws: scores of order one, and scores large enough for the softmax to be peaked.
+_DRAWS = ((0, 1.0), (1, 4.0))
+# Rounding steps that may pile up per output element beyond the sum over keys: projections' length and the exponential.
+_SLACK = 64.0
+
+
+def region_attend(region: Region) -> Attend:
+    """The region as an IR operation."""
+    return Attend("output", "query", "key", "value", region.score, region.mask)
+
+
+def structure(region: Region) -> str:
+    """A text that two regions share if and only if verifying one verifies the other: operators, constants, shapes and the IR."""
+    numbers: dict[fx.Node, int] = {operand.node: place for place, operand in enumerate(region.operands().values())}
+    lines = [str(region.score), str(region.mask), str(region.sizes), str(region.output_order), str(region.output_shape)]
+    lines += [f"{name} {operand.layout} {_described(operand.node)}" for name, operand in region.operands().items()]
+
+    def write(value: Any) -> str:
+        return f"%{numbers.setdefault(value, len(numbers))}:{_described(value)}" if isinstance(value, fx.Node) else repr(value)
+
+    for node in sorted(interior(region)):
+        lines.append(f"{spelled(node)} {[fx.map_arg(node.args, lambda n: write(n))]} {fx.map_arg(dict(node.kwargs), lambda n: write(n))}")
+    return "\n".join(lines)
+
+
+def _described(node: fx.Node) -> str:
+    value = value_of(node)
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return str(value)
+
+
+def verify(region: Region) -> str | None:
+    """None where IR and graph agree on every draw, else what was found, in words."""
+    operation = region_attend(region)
+    for seed, spread in _DRAWS:
+        generator = torch.Generator().manual_seed(seed)
+        values = {operand.node: _draw(operand.node, spread, generator, region) for operand in region.operands().values()}
+        operands = {name: operand.layout.apply(values[operand.node]) for name, operand in region.operands().items()}
+        axes = operation.tensors()
+        operands.update({name: operands[name].reshape(1) for name in axes if operands[name].ndim == 0})
+        expected = attend(operation, operands)
+        expected = expected.permute(region.output_order)
+        if region.output_shape is not None:
+            expected = expected.reshape(region.output_shape)
+        actual = _run(region, values)
+        if actual.shape != expected.shape:
+            return f"the graph gives {tuple(actual.shape)}, the IR {tuple(expected.shape)}"
+        # Every output is a mean of values: the rounding of its sum over keys and of scores up to `largest` is what may differ.
+        largest = (operands["query"].norm(dim=-1).amax() * operands["key"].norm(dim=-1).amax()).item()
+        budget = torch.finfo(torch.float64).eps * (_SLACK + region.sizes["Nk"] + largest) * operands["value"].abs().max().item()
+        error = (actual - expected).abs().max().item()
+        if not error <= budget:
+            return f"the graph and the IR differ by {error:.3g}, where rounding allows {budget:.3g}"
+    return None
+
+
+def _draw(node: fx.Node, spread: float, generator: torch.Generator, region: Region) -> torch.Tensor:
+    """A random value for an operand: normal numbers, or a mask that hides a third of the pairs but never a whole row's first key."""
+    shape, dtype = hinted_shape(node), value_of(node).dtype
+    if dtype == torch.bool:
+        mask = torch.rand(shape, generator=generator, dtype=torch.float64) < 2 / 3
+        mask[..., 0] = True
+        return mask
+    if not dtype.is_floating_point:
+        return torch.randint(0, 2, shape, generator=generator).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * (spread / max(1, shape[-1]) ** 0.25)
+
+
+def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+    """The region's own nodes on the given operands, in float64 wherever the graph says a floating type, dropout off."""
+    done: dict[fx.Node, Any] = dict(values)
+
+    def load(node: fx.Node) -> Any:
+        if node not in done:
+            done[node] = hint(value_of(node)) if isinstance(value_of(node), torch.SymInt | int) else _call(node)
+        return done[node]
+
+    def _call(node: fx.Node) -> Any:
+        arguments = fx.map_arg(node.args, load)
+        keywords = fx.map_arg(dict(node.kwargs), load)
+        arguments, keywords = _in_float64(arguments), {name: _in_float64(value) for name, value in keywords.items()}
+        if canonical(node) == "dropout":
+            return arguments[0]
+        if canonical(node) == "attention":
+            keywords["dropout_p"] = 0.0
+            arguments = arguments[:4]
+            keywords.setdefault("is_causal", node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
+        if node.op == "call_function":
+            return node.target(*arguments, **keywords)
+        if node.target in ("float", "half", "bfloat16", "double"):
+            return arguments[0].double()
+        return getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+
+    return load(region.output)  # type: ignore[no-any-return]
+
+
+def _in_float64(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    if isinstance(value, tuple):
+        return tuple(_in_float64(entry) for entry in value)
+    if isinstance(value, list):
+        return [_in_float64(entry) for entry in value]
+    return value

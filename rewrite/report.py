@@ -1,0 +1,202 @@
+"""What was found, what was changed, what was left alone and why, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+from rewrite.cost import Cost, GraphCost, node_itemsize, site_cost
+from rewrite.engine import Record
+from rewrite.ir.program import Exit
+from rewrite.ir.site import Site
+from rewrite.recognise.operators import canonical
+from rewrite.recognise.sites import Found
+
+Status = Literal["rewritten", "kept", "declined"]
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention site.
+
+    status: "rewritten" by the passes named, "declined" where every pass that was asked for left it alone (the reasons are in `reason`),
+    "kept" where no pass was asked for. cost_before, cost_after: closed forms with `.multiply_adds` and `.bytes` at the traced shapes.
+    """
+
+    qualified_name: str
+    kind: str
+    causal: bool
+    heads: int
+    kv_heads: int
+    tokens: int
+    key_tokens: int
+    head_dim: int
+    token_layout: str
+    status: Status
+    reason: str
+    passes: tuple[str, ...]
+    cost_before: Cost
+    cost_after: Cost
+
+
+@dataclass(frozen=True)
+class TokenReport:
+    """Where tokens were found: patch grids (grid, prefix tokens, how), and places where visual tokens join a text."""
+
+    what: str
+    grid: tuple[int, ...] | None
+    prefix: int
+    visual: bool
+    how: str
+
+
+@dataclass(frozen=True)
+class NearMissReport:
+    """Something that looks like attention and was left alone, with the first thing that did not fit."""
+
+    module: str
+    node: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """Everything `rewrite` knows of a model. Print it for a table; `to_dict()` gives plain data."""
+
+    passes: tuple[str, ...]
+    sites: list[SiteReport] = field(default_factory=list)
+    tokens: list[TokenReport] = field(default_factory=list)
+    near_misses: list[NearMissReport] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    total_before: GraphCost = field(default_factory=GraphCost)
+    total_after: GraphCost = field(default_factory=GraphCost)
+    graphs: int = 0
+
+    def add(self, record: Record) -> None:
+        """Take in what happened to one more graph."""
+        self.graphs += 1
+        changed = {site.name: site for site in record.program.sites}
+        self.total_before += record.before
+        self.total_after += record.after
+        for entry in record.recognition.found:
+            before, after = site_costs(entry, changed[entry.site.name], record)
+            if entry.site.name in record.lowered:
+                self.total_after += GraphCost(after.multiply_adds, after.bytes)
+            self.sites.append(self._site(entry.site, record, before, after))
+        self._tokens(record)
+        self.near_misses += [NearMissReport(miss.module, miss.node, miss.reason) for miss in record.misses]
+
+    def _site(self, site: Site, record: Record, before: Cost, after: Cost) -> SiteReport:
+        passes = record.program.passes_of(site)
+        reasons = [f"{by}: {reason}" for name, by, reason in record.program.declined if name == site.name]
+        status: Status = "rewritten" if passes else ("declined" if reasons else "kept")
+        return SiteReport(
+            qualified_name=site.name, kind=site.kind, causal=site.causal, heads=site.dims["H"], kv_heads=site.dims["Hkv"],
+            tokens=site.dims["Nq"], key_tokens=site.dims["Nk"], head_dim=site.dims["D"], token_layout=str(site.layout), status=status,
+            reason="; ".join(reasons), passes=passes, cost_before=before, cost_after=after,
+        )  # fmt: skip
+
+    def _tokens(self, record: Record) -> None:
+        for patch in record.patches:
+            self.tokens.append(
+                TokenReport("patches", tuple(patch.grid), patch.prefix, False, f"convolution {patch.conv.name} with kernel equal to stride")
+            )
+        merges = {entry.merge.node: entry.merge for entry in record.recognition.found if entry.merge is not None}
+        for node in merges:
+            self.tokens.append(TokenReport("visual positions", None, 0, True, f"vision features put into the text at {node.name}"))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data (numbers, text, lists and dictionaries)."""
+        sites = []
+        for site in self.sites:
+            plain = {item.name: getattr(site, item.name) for item in dataclasses.fields(site) if not item.name.startswith("cost")}
+            for moment, cost in (("before", site.cost_before), ("after", site.cost_after)):
+                plain[f"cost_{moment}"] = {
+                    "multiply_adds": cost.multiply_adds,
+                    "bytes": cost.bytes,
+                    "multiply_adds_formula": str(cost.multiply_adds_formula),
+                    "bytes_formula": str(cost.bytes_formula),
+                }
+            sites.append({**plain, "passes": list(site.passes)})
+        return {
+            "passes": list(self.passes),
+            "graphs": self.graphs,
+            "sites": sites,
+            "tokens": [dataclasses.asdict(token) for token in self.tokens],
+            "near_misses": [dataclasses.asdict(miss) for miss in self.near_misses],
+            "notes": list(self.notes),
+            "total_before": dataclasses.asdict(self.total_before),
+            "total_after": dataclasses.asdict(self.total_after),
+        }
+
+    def counts(self) -> dict[str, int]:
+        """How many sites have each status."""
+        statuses = [site.status for site in self.sites]
+        return {status: statuses.count(status) for status in ("rewritten", "kept", "declined")}
+
+    def table(self) -> Table:
+        """The sites as a rich table."""
+        table = Table(title=f"Attention sites ({', '.join(self.passes) or 'no passes'})", title_justify="left")
+        for heading in ("site", "kind", "heads", "tokens", "head dim", "layout", "status", "multiply-adds", "reason"):
+            table.add_column(heading, overflow="fold", justify="right" if heading in ("heads", "head dim", "multiply-adds") else "left")
+        for site in self.sites:
+            kind = f"{site.kind}, causal" if site.causal else site.kind
+            heads = str(site.heads) if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
+            tokens = str(site.tokens) if site.tokens == site.key_tokens else f"{site.tokens} x {site.key_tokens}"
+            cost = _count(site.cost_before.multiply_adds)
+            if site.cost_after.multiply_adds != site.cost_before.multiply_adds:
+                cost += f" → {_count(site.cost_after.multiply_adds)}"
+            told = site.reason if site.status != "rewritten" else ", ".join(site.passes)
+            table.add_row(site.qualified_name, kind, heads, tokens, str(site.head_dim), site.token_layout, site.status, cost, told)
+        return table
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.table()
+        for token in self.tokens:
+            where = f"grid {'x'.join(map(str, token.grid))}, {token.prefix} prefix tokens" if token.grid else token.what
+            yield f"tokens: {where} ({token.how})"
+        for miss in self.near_misses:
+            yield f"near miss: {miss.module or miss.node} ({miss.node}): {miss.reason}"
+        for note in self.notes:
+            yield f"note: {note}"
+        before, after = self.total_before, self.total_after
+        ratio = f", {before.multiply_adds / after.multiply_adds:.2f}x fewer" if after.multiply_adds else ""
+        yield (
+            f"whole model: {_count(before.multiply_adds)} → {_count(after.multiply_adds)} multiply-adds{ratio}; "
+            + ", ".join(f"{count} {status}" for status, count in self.counts().items() if count)
+        )
+
+    def __str__(self) -> str:
+        # Wide enough that the table of a report written to a file does not fold its numbers.
+        console = Console(file=io.StringIO(), width=160)
+        console.print(self)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return text.rstrip()
+
+
+def site_costs(entry: Found, site: Site, record: Record) -> tuple[Cost, Cost]:
+    """A site's cost as the model has it and as the passes left it; tokens that left the stack count in neither queries nor keys."""
+    itemsize = node_itemsize(entry.region.output)
+    materialised = canonical(entry.region.core) == "softmax"
+    before = site_cost(entry.site, itemsize, materialised)
+    gone = sum(record.gone[exit_.stack] for exit_ in record.program.exits if _leaves_before(exit_, site, record))
+    dims = {**site.dims, "Nq": site.dims["Nq"] - gone, "Nk": site.dims["Nk"] - gone}
+    after = site_cost(dataclasses.replace(site, dims=dims), itemsize, materialised and site.name not in record.lowered)
+    return before, after
+
+
+def _leaves_before(exit_: Exit, site: Site, record: Record) -> bool:
+    return exit_.stack == site.stack and site.layer >= exit_.layer and exit_.stack in record.gone
+
+
+def _count(number: int) -> str:
+    """A count with a unit: 1.25 G."""
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

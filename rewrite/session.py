@@ -1,0 +1,362 @@
+"""What a rewritten model carries with it: its pass list, its report, its kernels, its added parameters and the notes on its caches."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+import codegen
+from rewrite.compiled import Call, CompiledGraph, InnerBackend, NoCall
+from rewrite.engine import Record, Rewriter
+from rewrite.ir.errors import NoAttentionError, NotApplicableError, RewriteError
+from rewrite.ir.operations import Parameter
+from rewrite.ir.passes import Pass
+from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
+from rewrite.report import Report
+
+# The prefix of every state_dict key that a pass adds.
+ADDED = "rewrite_added"
+
+# Scoped to our own calls. The first two let the merge of visual features stay in the same graph as the layers; a model that cannot be
+# traced with them is traced without. Falling back to the original model at a recompilation limit would be a silent change, so it fails.
+_SETTINGS: dict[str, Any] = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+_LIMITS: dict[str, Any] = {
+    # Image sizes, batch sizes, prefill and decode, training and evaluation, with and without gradients: more than Dynamo's default of 8.
+    "recompile_limit": 64,
+    "accumulated_recompile_limit": 1024,
+    "fail_on_recompile_limit_hit": True,
+}
+
+
+class _Active(threading.local):
+    """The call that runs in this thread."""
+
+    call: RunningCall | None = None
+
+
+ACTIVE = _Active()
+
+
+@dataclass
+class RunningCall:
+    """One call of a rewritten model: the stand-ins it was given, and the cache entries it returns."""
+
+    session: Session
+    behind: dict[int, tuple[torch.Tensor, Note]] = field(default_factory=dict)
+    produced: list[tuple[torch.Tensor, Note]] = field(default_factory=list)
+
+    def noted(self, value: torch.Tensor) -> tuple[torch.Tensor, Note] | None:
+        return self.behind.get(storage_of(value)) if self.behind else None
+
+    def produce(self, value: torch.Tensor, note: Note) -> None:
+        self.produced.append((value, note))
+
+    def parameter(self, name: str) -> torch.Tensor:
+        return self.session.parameter(name)
+
+
+def running() -> Call:
+    return ACTIVE.call if ACTIVE.call is not None else NoCall()
+
+
+@dataclass(eq=False)
+class Session:
+    """One rewritten model. Everything compiled is left behind when it is copied or pickled, and made again at the next call."""
+
+    root: nn.Module
+    passes: tuple[Pass, ...]
+    backend: InnerBackend
+    may_add_parameters: bool = False
+    report: Report = field(default_factory=lambda: Report(()))
+    kernels: list[codegen.Kernel] = field(default_factory=list)
+    prepared: bool = False
+    settings: dict[str, Any] = field(default_factory=lambda: dict(_SETTINGS))
+    entries: list[str] = field(default_factory=list)
+    notes: CacheNotes = field(default_factory=CacheNotes)
+    proofs: dict[str, str | None] = field(default_factory=dict)
+    added: dict[str, Parameter] = field(default_factory=dict)
+    failure: RewriteError | None = None
+    _pending: dict[str, nn.Parameter] = field(default_factory=dict)
+    _recording: bool = False
+
+    # Parameters
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """The added parameter of that name, made at its first use."""
+        holder = getattr(self.root, ADDED, None)
+        if holder is not None:
+            with contextlib.suppress(AttributeError):
+                return holder.get_parameter(name)
+        if name not in self._pending:
+            if not self._recording:
+                raise NotApplicableError(
+                    f"{name}: this site was not reached by example_inputs, so its parameters were not added; give example inputs that reach it"
+                )
+            like = next(self.root.parameters())
+            self._pending[name] = nn.Parameter(_initial(self.added[name], like))
+        return self._pending[name]
+
+    def register_parameters(self) -> None:
+        """Put what the passes added into the model, under one prefix."""
+        if not self._pending:
+            return
+        holder = nn.Module()
+        for name, parameter in self._pending.items():
+            *path, last = name.replace(":", "_").split(".")
+            module = holder
+            for part in path:
+                if not hasattr(module, part):
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            module.register_parameter(last, parameter)
+        self.root.add_module(ADDED, holder)
+        self._pending = {}
+
+    # Analysis
+
+    def prepare(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Analyse and rewrite for the given inputs: the model's own errors first, then ours, and nothing is changed by either.
+
+        The model runs twice on copies of the inputs, once as it is and once rewritten; its buffers and the random state are put back.
+        """
+        with _untouched(self.root):
+            # The model as it is: wrong inputs raise the model's own error, and what a model sets up at its first call is set up.
+            self.root._call_impl(*_copied(arguments), **_copied(keywords))
+            self.report = Report(tuple(str(one) for one in self.passes))
+            self._recording = True
+            try:
+                self._capture(arguments, keywords)
+            finally:
+                self._recording = False
+        self._check_fit()
+        self.entries = _entry_modules([site.qualified_name for site in self.report.sites], self.root)
+        self.prepared = True
+
+    def _capture(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Run the model rewritten, once; with other capture settings where Dynamo cannot trace it with ours."""
+        try:
+            Runner(self, self.root, "").run(_copied(arguments), _copied(keywords))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            if not self.settings:
+                raise
+            told = str(error).strip().splitlines()[0]
+            self.settings = {}
+            self.report = Report(self.report.passes, notes=[f"captured without capture_scalar_outputs, which failed: {told}"])
+            Runner(self, self.root, "").run(_copied(arguments), _copied(keywords))
+
+    def record(self, record: Record) -> None:
+        """Take in what happened to one graph."""
+        if self._recording:
+            self.report.add(record)
+        known = {kernel.path for kernel in self.kernels}
+        self.kernels += [kernel for kernel in record.kernels if kernel.path not in known]
+
+    def _check_fit(self) -> None:
+        """Every pass must have found a site."""
+        if not self.report.sites:
+            seen = "; ".join(f"{miss.module or miss.node}: {miss.reason}" for miss in self.report.near_misses)
+            raise NoAttentionError(
+                f"no attention was recognised in {type(self.root).__name__}" + (f"; near misses: {seen}" if seen else "")
+            )
+        for one in self.passes:
+            told = str(one)
+            if one == type(one).identity() or any(told in site.passes for site in self.report.sites):
+                continue
+            raise NotApplicableError(f"{told} fits none of the {len(self.report.sites)} attention sites: {self._reasons(told)}")
+
+    def _reasons(self, told: str) -> str:
+        """Why a pass fits no site: each reason once, with the sites it holds for."""
+        names: dict[str, list[str]] = {}
+        for site in self.report.sites:
+            for reason in site.reason.split("; "):
+                if reason.startswith(f"{told}: "):
+                    names.setdefault(reason.removeprefix(f"{told}: "), []).append(site.qualified_name)
+        return "; ".join(f"{', '.join(sites)}: {reason}" for reason, sites in names.items())
+
+    # Installation
+
+    def install(self) -> None:
+        """Make every way into the model that reaches a site go through the compiler."""
+        modules = dict(self.root.named_modules())
+        for path in self.entries or [""]:
+            Entry(self, modules[path], path).install()
+        self.root.__dict__["rewrite_report"] = self.report
+
+    def __getstate__(self) -> dict[str, Any]:
+        fresh = {"proofs": {}, "failure": None, "_pending": {}, "_recording": False}
+        return {**self.__dict__, **fresh}
+
+
+class Runner:
+    """Runs one module of a session rewritten."""
+
+    def __init__(self, session: Session, module: nn.Module, prefix: str) -> None:
+        self.session = session
+        rewriter = Rewriter(
+            passes=session.passes,
+            qualify=lambda path: ".".join(part for part in (prefix, path) if part),
+            proofs=session.proofs,
+            added=session.added,
+            may_add_parameters=session.may_add_parameters,
+        )
+
+        def backend(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            compiled = CompiledGraph(graph_module, rewriter, session.backend, running, session.record)
+            try:
+                compiled.prepare(inputs)
+            except RewriteError as error:
+                session.failure = error
+                raise
+            return compiled
+
+        self.compiled = torch.compile(_own_function(module), backend=backend)
+
+    def run(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """The module's result, computed by its rewritten graphs."""
+        session = self.session
+        call = RunningCall(session)
+        replaced = list(_put_stand_ins(session.notes, call, (arguments, keywords)))
+        ACTIVE.call = call
+        try:
+            with torch._dynamo.config.patch({**session.settings, **_LIMITS}):
+                result = self.compiled(*arguments, **keywords)
+        except torch._dynamo.exc.BackendCompilerFailed:
+            failure, session.failure = session.failure, None
+            if failure is None:
+                raise
+            raise failure from None
+        finally:
+            ACTIVE.call = None
+            for slot, put in replaced:
+                _take_back(slot, put)
+        if call.produced:
+            session.notes.write((arguments, keywords, result), call.produced)
+        return result
+
+
+class Entry:
+    """A way into a rewritten model: what `module(...)` calls. Copies and pickles of the module keep it."""
+
+    def __init__(self, session: Session, module: nn.Module, prefix: str) -> None:
+        self.session, self.module, self.prefix = session, module, prefix
+        self.runner: Runner | None = None
+
+    def install(self) -> None:
+        # nn.Module leaves `_compiled_call_impl` behind when it is copied; `_rewrite_entry` travels and puts it back.
+        self.module.__dict__["_rewrite_entry"] = self
+        self.module.__dict__["_compiled_call_impl"] = self
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if ACTIVE.call is not None:
+            return self.module._call_impl(*arguments, **keywords)
+        return self.enter(*arguments, **keywords)
+
+    @torch._dynamo.disable(reason="a rewritten model compiles itself; give rewrite() the backend instead")  # type: ignore[untyped-decorator]
+    def enter(self, *arguments: Any, **keywords: Any) -> Any:
+        if not self.session.prepared:
+            self.session.prepare(arguments, keywords)
+            self.session.register_parameters()
+            self.session.install()
+        if self.runner is None:
+            self.runner = Runner(self.session, self.module, self.prefix)
+        return self.runner.run(arguments, keywords)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "runner": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.install()
+
+
+def session_of(model: nn.Module) -> Session | None:
+    """The session of a rewritten model, or None."""
+    entry = model.__dict__.get("_rewrite_entry")
+    return entry.session if isinstance(entry, Entry) else None
+
+
+def _own_function(module: nn.Module) -> Callable[..., Any]:
+    """A function that calls the module, with a code object of its own: Dynamo's caches and limits are per code object."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return module._call_impl(*arguments, **keywords)
+
+    own = types.FunctionType(call.__code__.replace(co_name="rewritten"), call.__globals__, "rewritten", None, call.__closure__)
+    return own
+
+
+def _put_stand_ins(notes: CacheNotes, call: RunningCall, arguments: Any) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Replace noted cache entries in the arguments; yields what was put where."""
+    if not notes.by_owner and not notes.by_tensor:
+        return
+    for slot in list(slots(arguments)):
+        note = notes.read(slot)
+        if note is None or slot.put is None:
+            continue
+        # An entry from which no token left is itself its stand-in, so that the model's code reads it as before.
+        put = slot.tensor if note.positions is None else stand_in(slot.tensor, note.length)
+        call.behind[storage_of(put)] = (slot.tensor, note)
+        if put is not slot.tensor:
+            slot.put(put)
+            yield slot, put
+
+
+def _take_back(slot: Slot, put: torch.Tensor) -> None:
+    """Put the real entry back where the model's code left the stand-in."""
+    held = slot.owner[slot.key] if isinstance(slot.owner, dict | list) else vars(slot.owner).get(slot.key)
+    if held is put and slot.put is not None:
+        slot.put(slot.tensor)
+
+
+def _copied(value: Any) -> Any:
+    """The inputs once more, so that a run on them (a KV cache grows) is not seen by the caller."""
+    memo: dict[int, Any] = {}
+    for slot in slots(value):
+        fresh = slot.tensor.detach().clone()
+        memo[id(slot.tensor)] = fresh.requires_grad_(slot.tensor.requires_grad)
+    return copy.deepcopy(value, memo)
+
+
+@contextlib.contextmanager
+def _untouched(module: nn.Module) -> Iterator[None]:
+    """Buffers (running statistics) and the random state are afterwards what they were."""
+    saved = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in module.named_buffers():
+                    if name in saved and buffer.shape == saved[name].shape:
+                        buffer.copy_(saved[name])
+
+
+def _initial(parameter: Parameter, like: torch.Tensor) -> torch.Tensor:
+    tensor = like.new_zeros(parameter.shape)
+    if parameter.init == "ones":
+        tensor.fill_(1)
+    elif isinstance(parameter.init, tuple):
+        nn.init.normal_(tensor, std=parameter.init[1])
+    return tensor
+
+
+def _entry_modules(sites: Sequence[str], root: nn.Module) -> list[str]:
+    """The modules that hold two sites or more: whoever is entered alone with one site only is a layer, not a model."""
+    modules = dict(root.named_modules())
+    holders: dict[str, int] = {"": len(sites)}
+    for site in sites:
+        parts = site.split(".")
+        for count in range(1, len(parts)):
+            path = ".".join(parts[:count])
+            holders[path] = holders.get(path, 0) + 1
+    return [
+        path for path, count in holders.items() if path == "" or (count > 1 and path in modules and not isinstance(modules[path], nn.ModuleList))
+    ]
