@@ -98,7 +98,7 @@ _EVALUATE: Mapping[str, Callable[..., Value]] = {
 
 
 @functools.lru_cache(maxsize=1024)
-def _without_fractions(relation: sympy.Rel) -> sympy.Rel:
+def without_fractions(relation: sympy.Rel) -> sympy.Rel:
     """The relation between integers that a relation between fractions of positions is, so that it holds exactly.
 
     sympy itself makes such fractions: it takes  floor(j / 9) >= n  to  j / 9 >= n.
@@ -129,7 +129,7 @@ def evaluate_expression(expression: sympy.Basic, values: Mapping[str, Value]) ->
         if denominator.is_Integer and denominator != 1:
             return evaluate_expression(numerator, values) // int(denominator)
     if isinstance(expression, sympy.Rel):
-        expression = _without_fractions(expression)
+        expression = without_fractions(expression)
     if isinstance(expression, sympy.Piecewise):
         result: Value = None
         for piece, condition in reversed(expression.args):
