@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, fx
-
-from rewrite.tokens.gather import gather_tokens
-from rewrite.tokens.surgery import Selection, push_selections
 from token_models import (
     IMAGE_TOKEN,
     LENGTH,
@@ -23,6 +19,10 @@ from token_models import (
     masked_from,
     vision_language_model,
 )
+from torch import Tensor, fx
+
+from rewrite.tokens.gather import gather_tokens
+from rewrite.tokens.surgery import Selection, push_selections
 
 KEPT = LENGTH - VISUAL
 

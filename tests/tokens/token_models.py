@@ -35,7 +35,13 @@ def vision_language_model(implementation: str) -> nn.Module:
         initializer_range=0.2,
     )
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14, initializer_range=0.2
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        initializer_range=0.2,
     )
     config = LlavaConfig(text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, image_seq_length=VISUAL)
     config._attn_implementation = implementation
@@ -106,7 +112,9 @@ def drop_before(graph: fx.Graph, layer: int, mask: fx.Node, kept: int) -> tuple[
 def cache_outputs(graph: fx.Graph) -> frozenset[fx.Node]:
     """The graph's outputs that look like cache entries [B, heads, N, D]."""
     output = next(n for n in graph.nodes if n.op == "output")
-    return frozenset(n for n in output.all_input_nodes if isinstance(n.meta.get("example_value"), Tensor) and n.meta["example_value"].dim() == 4)
+    return frozenset(
+        n for n in output.all_input_nodes if isinstance(n.meta.get("example_value"), Tensor) and n.meta["example_value"].dim() == 4
+    )
 
 
 @contextlib.contextmanager
@@ -120,9 +128,7 @@ def masked_from(model: Any, layer: int, dropped: Tensor) -> Iterator[None]:
         value = mask & ~hide if mask.dtype == torch.bool else mask.masked_fill(hide, torch.finfo(mask.dtype).min)
         return args, {**kwargs, "attention_mask": value}
 
-    handles = [
-        block.register_forward_pre_hook(hook, with_kwargs=True) for block in list(model.model.language_model.layers)[layer:]
-    ]
+    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in list(model.model.language_model.layers)[layer:]]
     try:
         yield
     finally:
