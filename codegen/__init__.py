@@ -1,0 +1,11 @@
+"""From the attention IR to code: Triton source, ahead-of-time compilation, the registered operators and their CPU lowering."""
+
+from codegen import flops as _flops  # registers the FLOP formulas
+from codegen.compilation import TARGETS, CompiledKernel
+from codegen.kernel import Kernel, emit
+from codegen.masks import visible_pairs
+from codegen.operator import attend
+
+__all__ = ["TARGETS", "CompiledKernel", "Kernel", "attend", "emit", "visible_pairs"]
+
+del _flops

@@ -79,7 +79,7 @@ class StreamingSource:
     @cached_property
     def listed(self) -> bool:
         """Whether the kernel walks a block list: only a static mask gives one."""
-        return split_mask(self.attend.mask)[0] != sympy.true
+        return bool(split_mask(self.attend.mask)[0] != sympy.true)
 
     def text(self) -> str:
         return "\n".join([*self._header(), *self._imports(), *self._kernel(), "", "", *self._launch(), ""])

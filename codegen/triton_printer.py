@@ -12,6 +12,7 @@ import sympy
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
 from rewrite.ir.errors import RewriteError
+from rewrite.ir.semantics import without_fractions
 
 Names = Mapping[str, str]
 
@@ -89,6 +90,16 @@ def _folded(function: str) -> Callable[[sympy.Basic, Names], str]:
     return fold
 
 
+def _comparison(operator: str) -> Callable[[sympy.Rel, Names], str]:
+    """A comparison of fractions of positions is written as one of integers: floating point would round it."""
+
+    def compare(expression: sympy.Rel, names: Names) -> str:
+        exact = without_fractions(expression)
+        return _infix(operator)(exact, names) if isinstance(exact, sympy.Rel) else _print(exact, names)
+
+    return compare
+
+
 def _infix(operator: str) -> Callable[[sympy.Basic, Names], str]:
     return lambda expression, names: f" {operator} ".join(_atom(argument, names) for argument in expression.args)
 
@@ -121,12 +132,12 @@ _PRINT: Mapping[str, Callable[..., str]] = {
     "log": _call("tl.log"),
     # tl has no tanh that every target (and the interpreter) knows; this form neither overflows nor turns NaN for any argument.
     "tanh": lambda expression, names: f"(2.0 * tl.sigmoid(2.0 * {_atom(expression.args[0], names)}) - 1.0)",
-    "Equality": _infix("=="),
-    "Unequality": _infix("!="),
-    "LessThan": _infix("<="),
-    "StrictLessThan": _infix("<"),
-    "GreaterThan": _infix(">="),
-    "StrictGreaterThan": _infix(">"),
+    "Equality": _comparison("=="),
+    "Unequality": _comparison("!="),
+    "LessThan": _comparison("<="),
+    "StrictLessThan": _comparison("<"),
+    "GreaterThan": _comparison(">="),
+    "StrictGreaterThan": _comparison(">"),
     "And": _infix("&"),
     "Or": _infix("|"),
     "Not": lambda expression, names: f"~{_atom(expression.args[0], names)}",

@@ -1,0 +1,178 @@
+"""The registered operators ``rewrite::attend`` and ``rewrite::attend_backward``, and the function `attend` that calls the first.
+
+An operation travels through a graph as its JSON text. On CUDA the forward is the kernel emitted for that text, on the CPU the torch
+lowering; the backward is the torch lowering on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from codegen.kernel import kernel_for
+from codegen.torch_backward import attend_gradients
+from codegen.torch_streaming import attend_forward, output_like
+from rewrite.ir.errors import RewriteError
+from rewrite.ir.operations import Attend
+
+
+def _named(
+    operation: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors by name. Raises `RewriteError` where an operand does not fit the operation."""
+    axes_of = operation.tensors()
+    sizes = {"b": query.shape[0], "h": query.shape[1], "i": query.shape[2], "j": key.shape[2]}
+    if not query.dtype == key.dtype == value.dtype:
+        raise RewriteError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; cast them to one dtype")
+    if (
+        query.shape[1] % key.shape[1]
+        or key.shape[:3] != value.shape[:3]
+        or query.shape[3] != key.shape[3]
+        or query.shape[0] != key.shape[0]
+    ):
+        raise RewriteError(
+            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} are no [B, H, Nq, D], [B, Hkv, Nk, D] and "
+            f"[B, Hkv, Nk, Dv] with H a multiple of Hkv"
+        )
+    if len(tensors) != len(axes_of):
+        raise RewriteError(f"the operation reads {len(axes_of)} tensors ({', '.join(axes_of)}), and {len(tensors)} were given")
+    for (name, axes), operand in zip(axes_of.items(), tensors, strict=True):
+        if operand.dim() != len(axes) or any(size not in (1, sizes[axis]) for axis, size in zip(axes, operand.shape, strict=True)):
+            wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in axes)
+            raise RewriteError(f"{name} is {list(operand.shape)}; its axes are [{wanted}], each of that size or 1")
+    return dict(zip(axes_of, tensors, strict=True))
+
+
+@torch.library.custom_op("rewrite::attend", mutates_args=(), device_types="cpu")
+def attend_op(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor], attend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, H, Nq, Dv] in the query's dtype, lse [B, H, Nq] float32) of the operation whose JSON is `attend`.
+
+    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv], of one dtype. tensors: in the order of ``Attend.tensors()``, with
+    exactly the axes it says, each full size or 1. Raises `RewriteError` where they do not fit.
+    """
+    operation = Attend.from_json(attend)
+    return attend_forward(operation, query, key, value, _named(operation, query, key, value, tensors))
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last axis contiguous, as kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@attend_op.register_kernel("cuda")
+def _attend_cuda(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor], attend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    _named(Attend.from_json(attend), query, key, value, tensors)
+    out, lse = output_like(query, value)
+    if out.numel():
+        with torch.cuda.device(query.device):
+            kernel_for(attend).load().launch(_rows(query), _rows(key), _rows(value), tensors, out, lse)
+    return out, lse
+
+
+@attend_op.register_fake
+def _attend_fake(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor], attend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return output_like(query, value)
+
+
+@torch.library.custom_op("rewrite::attend_backward", mutates_args=())
+def attend_backward_op(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor, operands: Sequence[torch.Tensor], wanted: Sequence[int], attend: str
+) -> list[torch.Tensor]:
+    """Gradients of query, key, value, and of ``tensors[n]`` for n in `wanted`, in this order.
+
+    operands: query, key, value and the tensors, as for ``rewrite::attend``. grad_out [B, H, Nq, Dv], grad_lse [B, H, Nq].
+    """
+    operation = Attend.from_json(attend)
+    query, key, value, *tensors = operands
+    named = _named(operation, query, key, value, tensors)
+    names = [list(named)[index] for index in wanted]
+    return attend_gradients(operation, (grad_out, grad_lse), (query, key, value), named, names)
+
+
+@attend_backward_op.register_fake
+def _attend_backward_fake(
+    grad_out: torch.Tensor, grad_lse: torch.Tensor, operands: Sequence[torch.Tensor], wanted: Sequence[int], attend: str
+) -> list[torch.Tensor]:
+    chosen = [*operands[:3], *(operands[3 + index] for index in wanted)]
+    return [operand.new_empty(operand.shape) for operand in chosen]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, tensors, attend = inputs
+    ctx.save_for_backward(query, key, value, *tensors)
+    ctx.attend = attend
+
+
+def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
+    _, _, _, *tensors = ctx.saved_tensors
+    needs = ctx.needs_input_grad[3]
+    needed = [needs] * len(tensors) if isinstance(needs, bool) else list(needs)
+    wanted = [index for index, (operand, need) in enumerate(zip(tensors, needed, strict=True)) if need and operand.is_floating_point()]
+    d_query, d_key, d_value, *d_wanted = attend_backward_op(grad_out, grad_lse, list(ctx.saved_tensors), wanted, ctx.attend)
+    d_tensors: list[torch.Tensor | None] = [None] * len(tensors)
+    for index, gradient in zip(wanted, d_wanted, strict=True):
+        d_tensors[index] = gradient
+    return d_query, d_key, d_value, d_tensors, None
+
+
+attend_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _under_autocast(device: str) -> Callable[..., Any]:
+    """As torch's own attention does: query, key and value are cast to autocast's dtype, masks and biases are left as they are."""
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def call(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor], attend: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (t.to(dtype) if t.dtype != torch.float64 else t for t in (query, key, value))
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            out, lse = attend_op(query, key, value, tensors, attend)
+        return out, lse
+
+    return call
+
+
+_library = torch.library.Library("rewrite", "FRAGMENT")  # type: ignore[no-untyped-call]
+for _device in ("cpu", "cuda"):
+    _library.impl("attend", _under_autocast(_device), f"Autocast{_device.upper()}")  # type: ignore[no-untyped-call]
+
+
+@lru_cache(maxsize=1024)
+def _described(operation: Attend | str) -> tuple[str, tuple[str, ...]]:
+    """(JSON of the operation, the names of its tensors in order)."""
+    text = operation if isinstance(operation, str) else operation.to_json()
+    return text, tuple(Attend.from_json(text).tensors())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, no-untyped-call]
+def _constant(operation: Attend | str) -> tuple[str, tuple[str, ...]]:
+    """An operation is a constant of the program that calls it: its text is worked out outside the trace."""
+    return _described(operation)
+
+
+def attend(
+    operation: Attend | str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The operation's result [B, H, Nq, Dv], in the dtype of query, key and value, or in autocast's where that is on.
+
+    operation: an `Attend` or its JSON. query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv]. tensors: the operation's other
+    operands by name, with exactly the axes that ``operation.tensors()`` says, each full size or 1; names it does not read are ignored.
+    Differentiable in query, key, value and the floating tensors. Raises `RewriteError` where operands are missing or do not fit.
+    """
+    text, names = _constant(operation)
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise RewriteError(f"the operation reads {', '.join(missing)}, which were not given")
+    out: torch.Tensor = torch.ops.rewrite.attend(query, key, value, [tensors[name] for name in names], text)[0]
+    return out

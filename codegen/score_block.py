@@ -1,0 +1,121 @@
+"""The scores of one block of queries in torch, and the derivatives of the expressions they come from.
+
+Forward and backward read the same block: the expressions of the IR evaluated on [B, H, rows, columns], nothing larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import sympy
+import torch
+
+from codegen.masks import split_mask
+from codegen.visits import Visit
+from rewrite.ir.errors import RewriteError
+from rewrite.ir.expression import QK
+from rewrite.ir.operations import Attend
+from rewrite.ir.semantics import aligned, evaluate_expression
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What scores and sums are kept in: float32 for the low precisions, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """[B, H, n, D] -> [B, Hkv, H / Hkv * n, D]: query heads that share a key head, one after the other, so that no key is copied."""
+    batch, heads, n, width = tensor.shape
+    return tensor.reshape(batch, key_heads, heads // key_heads * n, width)
+
+
+def dot(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """query [B, H, n, D], key [B, Hkv, m, D] -> [B, H, n, m]."""
+    product = by_key_head(query, key.shape[1]) @ key.transpose(-2, -1)
+    return product.view(*query.shape[:3], key.shape[2])
+
+
+def weighted_sum(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """weights [B, H, n, m], value [B, Hkv, m, D] -> [B, H, n, D]."""
+    return (by_key_head(weights, value.shape[1]) @ value).view(*weights.shape[:3], value.shape[3])
+
+
+def sum_over_queries(weights: torch.Tensor, rows: torch.Tensor, key_heads: int) -> torch.Tensor:
+    """weights [B, H, n, m], rows [B, H, n, D] -> [B, Hkv, m, D], summed over queries and over the heads that share a key head."""
+    return by_key_head(weights, key_heads).transpose(-2, -1) @ by_key_head(rows, key_heads)
+
+
+class ScoreBlock:
+    """The symbols and tensors of an operation on one visit, everything broadcasting against [B, H, rows, columns].
+
+    values: by name, as `evaluate_expression` takes them; floating tensors in the accumulation dtype. visit, attend: what it is of.
+    """
+
+    def __init__(self, attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor], visit: Visit) -> None:
+        """query [B, H, Nq, D], key [B, Hkv, Nk, D] whole; only the visited part of them and of the tensors is read."""
+        device, self.dtype = query.device, accumulation_dtype(query.dtype)
+        self.attend, self.visit = attend, visit
+        self.values: dict[str, Any] = {
+            "b": torch.arange(query.shape[0], device=device).view(-1, 1, 1, 1),
+            "h": torch.arange(query.shape[1], device=device).view(1, -1, 1, 1),
+            "i": torch.arange(visit.rows.start, visit.rows.stop, device=device).view(1, 1, -1, 1),
+            "j": visit.key_positions(device).view(1, 1, 1, -1),
+            "Nq": query.shape[2],
+            "Nk": key.shape[2],
+        }
+        for name, axes in attend.tensors().items():
+            part = visit.keys(visit.queries(aligned(tensors[name], axes), 2), 3)
+            self.values[name] = part.to(self.dtype) if part.is_floating_point() else part
+
+    def read_dot(self, query: torch.Tensor, key: torch.Tensor) -> None:
+        """Set qk from the visited rows of query and key, in the accumulation dtype."""
+        self.values["qk"] = dot(query, key)
+
+    def hidden(self) -> torch.Tensor | None:
+        """True where the mask hides a key: broadcasts against [B, H, rows, columns]; None where it hides nothing."""
+        _, dynamic = split_mask(self.attend.mask)
+        hidden = None if self.visit.seen is None else ~self.visit.seen[None, None]
+        if dynamic != sympy.true:
+            unseen = ~torch.as_tensor(evaluate_expression(dynamic, self.values), device=self.values["i"].device)
+            hidden = unseen if hidden is None else hidden | unseen
+        return hidden
+
+    def scores(self) -> torch.Tensor:
+        """[B, H, rows, columns], -inf where the mask hides a key."""
+        score = torch.as_tensor(self.evaluate(self.attend.score), dtype=self.dtype, device=self.values["i"].device)
+        score = score.expand(self.values["qk"].shape)
+        hidden = self.hidden()
+        return score if hidden is None else score.masked_fill(hidden, -torch.inf)
+
+    def evaluate(self, expression: sympy.Basic) -> Any:
+        return evaluate_expression(expression, self.values)
+
+
+def softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights like scores, log-sum-exp [B, H, rows]); a row of -inf gives weights of zero and -inf."""
+    maximum = scores.amax(-1, keepdim=True)
+    weights = (scores - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    weights /= total.masked_fill(total == 0, 1.0)
+    return weights, (maximum + total.log()).squeeze(-1)
+
+
+@lru_cache(maxsize=1024)
+def derivative(expression: sympy.Basic, variable: sympy.Basic) -> sympy.Expr:
+    """d expression / d variable in the vocabulary of the IR: corners of Min, Max and Abs are written as cases first."""
+    cased = expression.replace(lambda part: isinstance(part, sympy.Min | sympy.Max | sympy.Abs), lambda part: part.rewrite(sympy.Piecewise))
+    slope = sympy.sympify(cased).diff(variable)
+    if slope.has(sympy.Derivative, sympy.Subs, sympy.Heaviside, sympy.DiracDelta):
+        raise RewriteError(f"{expression} has no derivative by {variable}: a gradient cannot pass floor or Mod")
+    return slope
+
+
+@lru_cache(maxsize=1024)
+def linear_score(score: sympy.Expr) -> tuple[float, sympy.Expr] | None:
+    """(scale, rest) of a score  scale * qk + rest  with a number `scale` and a rest without qk; None for any other score."""
+    expanded = sympy.expand(score)
+    scale = expanded.coeff(QK, 1)
+    rest = expanded - scale * QK
+    return None if not scale.is_number or rest.has(QK) else (float(scale), rest)

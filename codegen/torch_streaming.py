@@ -1,0 +1,131 @@
+"""An attention operation in torch operators, a block of queries at a time: never the Nq x Nk map.
+
+Plain softmax attention with a bias or a mask goes to torch's fused attention, on all queries at once or, with a static mask, on each
+block of queries with the keys it sees. Groups and scores that are not linear in qk are matrix products, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import sympy
+import torch
+from torch.nn import functional
+
+from codegen.group_block import GroupBlock
+from codegen.masks import split_mask, static_key
+from codegen.score_block import ScoreBlock, accumulation_dtype, linear_score, softmax, weighted_sum
+from codegen.visits import Visit, best_block, visits
+from rewrite.ir.operations import Attend
+
+# Scores held at a time, 16 MiB in float32: about what two cores have as last-level cache.
+SCORES_AT_A_TIME = 1 << 22
+# Queries at a time where torch's fused attention needs a bias that has to be computed: its calls no longer count from there.
+FUSED_ROWS = 512
+
+
+def rows_at_a_time(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Queries per block for `SCORES_AT_A_TIME`: a power of two, so that neighbouring sizes share their plans, and from 16 to 256."""
+    per_row = max(1, query.shape[0] * query.shape[1] * key.shape[2])
+    fitting = max(1, SCORES_AT_A_TIME // per_row)
+    return min(256, max(16, 1 << (fitting.bit_length() - 1)))
+
+
+def output_like(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Uninitialised (out [B, H, Nq, Dv], lse [B, H, Nq] float32); out lies as [B, Nq, H, Dv], as models read it next."""
+    batch, heads, n_queries, _ = query.shape
+    out = query.new_empty(batch, n_queries, heads, value.shape[3]).transpose(1, 2)
+    return out, query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+
+
+def attend_forward(
+    attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, H, Nq, Dv] in the query's dtype, lse [B, H, Nq] float32); the definition is `rewrite.ir.semantics.attend`."""
+    linear = linear_score(attend.score)
+    if attend.groups is None and linear is not None and query.device.type == "cpu":
+        return _fused(attend, linear, (query, key, value), tensors)
+    out, lse = output_like(query, value)
+    out.zero_()
+    lse.fill_(-torch.inf)
+    dtype = accumulation_dtype(query.dtype)
+    for visit in visits(static_key(attend.mask), query.shape[2], key.shape[2], rows_at_a_time(query, key), query.device):
+        block = ScoreBlock(attend, query, key, tensors, visit)
+        block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
+        weights, total = softmax(block.scores())
+        if attend.groups is not None:
+            groups = GroupBlock(block, attend.groups, weights)
+            weights *= groups.per_key(groups.weights)
+        out[:, :, visit.rows] = weighted_sum(weights, visit.keys(value, 2).to(dtype)).to(out.dtype)
+        lse[:, :, visit.rows] = total
+    return out, lse
+
+
+def _fused_visits(attend: Attend, rest: sympy.Expr, n_queries: int, n_keys: int, device: torch.device) -> tuple[Visit, ...]:
+    """All at once where torch takes the bias as it is; blocks where the mask leaves keys out or a bias has to be made."""
+    static, dynamic = split_mask(attend.mask)
+    key = static_key(attend.mask)
+    if static != sympy.true:
+        return visits(key, n_queries, n_keys, best_block(key, n_queries, n_keys), device)
+    ready = dynamic == sympy.true and (rest == 0 or isinstance(rest, sympy.Indexed))
+    return visits(key, n_queries, n_keys, max(1, n_queries) if ready else FUSED_ROWS, device)
+
+
+def _bias(block: ScoreBlock, rest: sympy.Expr, dtype: torch.dtype) -> torch.Tensor | None:
+    """What is added to the scaled dot product, [1 or B, 1 or H, rows, columns]; None for nothing."""
+    size = (len(range(block.visit.rows.start, block.visit.rows.stop)), block.values["j"].shape[-1])
+    bias = None
+    if rest != 0:
+        bias = torch.as_tensor(block.evaluate(rest), dtype=dtype, device=block.values["i"].device)
+        bias = bias.view((1,) * (4 - bias.dim()) + bias.shape)
+        bias = bias.expand(*bias.shape[:2], *size)
+    hidden = block.hidden()
+    if hidden is None:
+        return bias
+    hidden = hidden.view((1,) * (4 - hidden.dim()) + hidden.shape)
+    if bias is None:
+        return torch.zeros(*hidden.shape[:2], *size, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+    return bias.masked_fill(hidden, -torch.inf)
+
+
+def _every_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, Hkv, n, D] -> [B, H, n, D], each key head repeated for the query heads that share it."""
+    batch, key_heads, n, width = tensor.shape
+    shared = tensor[:, :, None].expand(batch, key_heads, heads // key_heads, n, width)
+    return tensor if key_heads == heads else shared.reshape(batch, heads, n, width)
+
+
+def _fused(
+    attend: Attend,
+    linear: tuple[float, sympy.Expr],
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(scale * qk + rest) by torch's fused CPU attention, which gives the log-sum-exp too."""
+    (scale, rest), (query, key, value) = linear, operands
+    n_queries, n_keys, width = query.shape[2], key.shape[2], value.shape[3]
+    # The fused operator takes one head dim for all three; zeros change neither a dot product nor the columns that are kept.
+    widest = max(query.shape[3], width)
+    query, key, value = (functional.pad(t, (0, widest - t.shape[3])) if t.shape[3] < widest else t for t in (query, key, value))
+    out, lse = output_like(query, value[..., :width])
+    planned = _fused_visits(attend, rest, n_queries, n_keys, query.device)
+    if sum(visit.rows.stop - visit.rows.start for visit in planned) < n_queries:
+        out.zero_()
+        lse.fill_(-torch.inf)
+    for visit in planned:
+        block = ScoreBlock(attend, query, key, tensors, visit)
+        bias = _bias(block, rest, query.dtype)
+        part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            visit.queries(query, 2),
+            _every_head(visit.keys(key, 2), query.shape[1]),
+            _every_head(visit.keys(value, 2), query.shape[1]),
+            attn_mask=bias,
+            scale=scale,
+        )
+        part = part[..., :width]
+        if bias is not None:
+            empty = bias.amax(-1) == -torch.inf
+            part, total = part.masked_fill(empty[..., None], 0.0), total.masked_fill(empty, -torch.inf)
+        out[:, :, visit.rows] = part
+        lse[:, :, visit.rows] = total
+    return out, lse
