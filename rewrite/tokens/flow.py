@@ -49,10 +49,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Flow:
-    """The axes of one operator. A label of the operands that is in none of these is contracted: summed over, operands side by side."""
+    """The axes of one operator. An axis of size one may be in none of these: it is gone."""
 
     operands: tuple[Operand, ...]
     output: tuple[Label, ...] = ()
+    contracted: frozenset[Label] = frozenset()  # summed over, operands side by side
     reduced: frozenset[Label] = frozenset()  # computed over: fewer tokens would give another result
     normalised: frozenset[Label] = frozenset()  # computed over, to weights that sum to one
     groups: tuple[Group, ...] = ()
@@ -158,7 +159,11 @@ def _matmul(node: fx.Node) -> Flow:
     left = (*batch, *rows, "k") if ranks[0] > 1 else ("k",)
     right = (*batch, "k", *columns) if ranks[1] > 1 else ("k",)
     output = (*batch, *rows, *columns)
-    return Flow((Operand(path_a, a, left), Operand(path_b, b, right), *(Operand(path, node, output) for path, node in rest)), output)
+    return Flow(
+        (Operand(path_a, a, left), Operand(path_b, b, right), *(Operand(path, node, output) for path, node in rest)),
+        output,
+        frozenset({"k"}),
+    )
 
 
 def _attention(node: fx.Node) -> Flow:
@@ -177,7 +182,7 @@ def _attention(node: fx.Node) -> Flow:
     for place, (name, axes) in enumerate(labels.items()):
         if isinstance(operand := rules.argument(node, place, name), fx.Node):
             found.append(Operand(("args", place) if place < len(node.args) else ("kwargs", name), operand, axes))
-    return Flow(tuple(found), (*batch, "n", "e"), normalised=frozenset({"m"}), reduced=frozenset({"d"}))
+    return Flow(tuple(found), (*batch, "n", "e"), contracted=frozenset({"m"}), normalised=frozenset({"m"}), reduced=frozenset({"d"}))
 
 
 def _einsum(node: fx.Node) -> Flow | None:
@@ -200,7 +205,8 @@ def _einsum(node: fx.Node) -> Flow | None:
         return None
     if any("..." in t[1:] and len(letters(t)) != len(shape_of(n)) for t, (_, n) in zip(terms, operands, strict=True)):
         return None  # broadcast axes in the middle that an operand lacks
-    return Flow(tuple(Operand(path, n, letters(term)) for term, (path, n) in zip(terms, operands, strict=True)), letters(output))
+    found = tuple(Operand(path, n, letters(term)) for term, (path, n) in zip(terms, operands, strict=True))
+    return Flow(found, letters(output), frozenset(label for o in found for label in o.labels) - set(letters(output)))
 
 
 def _embedding(node: fx.Node) -> Flow:

@@ -213,15 +213,14 @@ class _Surgery:
 
     def check(self, node: fx.Node, flow: Flow, selected: Mapping[Label, Selection], restored: set[Label], batch: Label | None) -> None:
         """Refuse what would compute something else on fewer tokens, or on zeros."""
-        passed = {*flow.output, *(label for group in flow.groups for label in group.ins)}
-        contracted = {label for operand in flow.operands for label in operand.labels} - passed
+        computed = flow.reduced | flow.normalised | flow.contracted
         if flow.reduced & selected.keys():
             self.refuse(
                 node, "it computes over the tokens, of which some were dropped", "select after it, or in a model that does not pool"
             )
-        if (flow.reduced | flow.normalised | contracted) & restored:
+        if computed & restored:
             self.refuse(node, "it computes over tokens, of which the dropped ones were put back as zeros", "select after it")
-        if batch is not None and (batch in flow.reduced | flow.normalised | contracted):
+        if batch in computed:
             self.refuse(node, "it computes over the batch, whose rows kept different tokens", "select after it")
         if restored & selected.keys():
             self.refuse(node, "it combines selected tokens with tokens that were put back as zeros", "select after it")

@@ -69,7 +69,7 @@ def test_forward_equals_masking_in_every_later_attention(model: Any, layer: int)
         torch.testing.assert_close(keys.transpose(1, 2)[real], wanted.transpose(1, 2)[real], rtol=1e-4, atol=1e-4)
 
 
-def test_inductor_runs_the_rewritten_graph() -> None:
+def test_autograd_traces_through_the_rewritten_graph() -> None:
     model: Any = vision_language_model("sdpa")
     call = inputs()
     visual = call["input_ids"] == IMAGE_TOKEN

@@ -172,6 +172,7 @@ def test_maps_that_are_outputs_are_restored_on_both_axes() -> None:
 
 CUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "last token": lambda x: x[:, -1],
+    "last token, squeezed": lambda x: x[:, -1:].squeeze(1) + x[:, :1].flatten(0, 1),
     "last tokens": lambda x: x[:, -2:, :],
     "without the first": lambda x: x[..., 1:, :].contiguous(),
     "batch and tokens merged": lambda x: x.view(-1, C) * 2,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from rewrite.tokens.gather import gather_tokens, scatter_tokens
+from rewrite.tokens.placement import expression
 from rewrite.tokens.surgery import Pushed, Selection, push_selections
 
 B, N, K, C, H = 2, 6, 4, 8, 2
@@ -19,10 +20,16 @@ POSITIONS = torch.tensor([[0, 2, 3, 5], [1, 2, 4, 5]])
 def traced(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = False) -> fx.GraphModule:
     """The graph that Dynamo makes of `function`."""
     modules: list[fx.GraphModule] = []
+    given: list[Any] = []
 
     def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         modules.append(module)
-        return module.forward
+
+        def run(*arguments: Any) -> Any:
+            given.extend(arguments)
+            return module.forward(*arguments)
+
+        return run
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
@@ -30,7 +37,9 @@ def traced(function: Callable[..., Any], *inputs: Any, dynamic: bool | None = Fa
     (module,) = modules
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(module, graph)
+    copied = fx.GraphModule(module, graph)
+    copied.meta["inputs"] = given
+    return copied
 
 
 def pushed(
@@ -50,19 +59,23 @@ def pushed(
     graph = module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     names = [f"L_{name}_" for name in inspect.signature(function).parameters]
-    given = [names.index(str(n.target)) for n in placeholders]
+    numbers = {node: names.index(str(node.target)) for node in placeholders if str(node.target) in names}
+    cut = {node: short[i] for node, i in numbers.items() if i in short}
     positions = positions[: inputs[0].shape[0]]
     with graph.inserting_before(placeholders[0]):
         node = graph.placeholder("positions")
-    seeds = {
-        n: {short[i]: Selection(node, inputs[i].shape[short[i]], positions.shape[1])}
-        for n, i in zip(placeholders, given, strict=True)
-        if i in short
-    }
+
+    def selection(tensor: fx.Node, axis: int) -> Selection:
+        size = tensor.meta["example_value"].shape[axis]
+        length = size if isinstance(size, int) else next(n for n in placeholders if expression(n) == expression(size))
+        return Selection(node, length, positions.shape[1])
+
+    seeds = {tensor: {axis: selection(tensor, axis)} for tensor, axis in cut.items()}
     output = next(n for n in graph.nodes if n.op == "output")
     result = push_selections(graph, seeds, frozenset(output.all_input_nodes) if stay else frozenset())
     graph.lint()
-    values = [gather_tokens(inputs[i], positions, short[i]) if i in short else inputs[i] for i in given]
+    given = zip(placeholders, module.meta["inputs"], strict=True)
+    values = [gather_tokens(value, positions, cut[tensor]) if tensor in cut else value for tensor, value in given]
     outputs = fx.GraphModule(module, graph)(positions, *values)
     return (outputs[0] if len(outputs) == 1 else outputs), result
 

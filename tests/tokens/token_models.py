@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +20,7 @@ with contextlib.suppress(RuntimeError):
 IMAGE_TOKEN, VOCABULARY, LENGTH, VISUAL = 199, 200, 30, 16
 
 
+@functools.cache
 def vision_language_model(implementation: str) -> nn.Module:
     """A LLaVA of three decoder layers with grouped heads, of which the first call installed whatever the library installs."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
