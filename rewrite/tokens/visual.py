@@ -127,11 +127,18 @@ def _cat(node: fx.Node) -> VisualMerge | None:
     if text.count(False) != 1 or len(parts) < 2 or not all(isinstance(size, int) for size in sizes):
         return None
     at = text.index(False)
-    if not any(source.op == "call_function" for source in parts[at].all_input_nodes or [node]):
+    if _is_learned(parts[at]):
         return None
     start = sum(sizes[:at])
     beside = parts[at - 1] if at else parts[1]
     return VisualMerge(node, None, parts[at], beside, node, span=(start, start + sizes[at]))
+
+
+def _is_learned(part: fx.Node) -> bool:
+    """Whether a part of a concatenation is a parameter, perhaps moved and expanded: a learned prompt."""
+    while part.op.startswith("call") and len(part.all_input_nodes) == 1:
+        part = part.all_input_nodes[0]
+    return isinstance(example(part), torch.nn.Parameter)
 
 
 def _masked(node: fx.Node, embeddings: Any, mask: Any, source: Any, inverted: bool = False) -> VisualMerge | None:
