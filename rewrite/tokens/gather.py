@@ -68,6 +68,12 @@ def join_positions(positions: Sequence[Tensor | None], lengths: Sequence[int]) -
     return torch.cat(joined, 1)
 
 
+def flatten_positions(positions: Tensor, length: int) -> Tensor:
+    """Positions [1, B * K] in the axis of length B * N that batch and tokens are merged to, from `positions` [B, K] of N = `length`."""
+    starts = torch.arange(positions.shape[0], device=positions.device, dtype=positions.dtype) * length
+    return (positions + starts[:, None]).reshape(1, -1)
+
+
 def kept_positions(visual_mask: Tensor, kept: int) -> Tensor:
     """Positions [B, kept] (int64, ascending) of the tokens that are not visual, from `visual_mask` [B, N] bool.
 

@@ -73,9 +73,9 @@ def _getitem(node: fx.Node) -> Flow | None:
         return Flow((Operand(("args", 0), source, tuple(range(len(shape_of(node))))),), tuple(range(len(shape_of(node)))))
     shape = shape_of(source)
     entries: list[Any] = list(index) if isinstance(index, tuple) else [index]
-    tensors = [e for e in entries if is_tensor(e)]
+    tensors = [e for e in entries if is_tensor(e) or isinstance(e, list)]
     unread = [e for e in entries if isinstance(e, fx.Node) and not is_tensor(e) and expression(e) is None]
-    if unread or any(isinstance(e, (bool, list)) for e in entries):
+    if unread or any(isinstance(e, bool) or (isinstance(e, list) and not all(type(i) is int for i in e)) for e in entries):
         return None
     consumed = sum(_consumes(e) for e in entries)
     fill: list[Any] = [slice(None)] * (len(shape) - consumed)
@@ -97,7 +97,7 @@ def _getitem(node: fx.Node) -> Flow | None:
             else:
                 output.append(("cut", axis))
                 groups.append(Group((axis,), (("cut", axis),), cut=True, span=_span(entry)))
-        elif is_tensor(entry):
+        elif is_tensor(entry) or isinstance(entry, list):
             place = len(output) if place is None else (place if last == i - 1 else 0)
             last = i
             advanced += range(axis, axis + _consumes(entry))
@@ -108,7 +108,7 @@ def _getitem(node: fx.Node) -> Flow | None:
         axis += _consumes(entry)
     operands = [Operand(("args", 0), source, tuple(range(len(shape))))]
     if place is not None:
-        rank = max(1 if example(e).dtype == torch.bool else len(shape_of(e)) for e in tensors)
+        rank = max(1 if isinstance(e, list) or example(e).dtype == torch.bool else len(shape_of(e)) for e in tensors)
         indexed: tuple[Label, ...] = tuple(("indexed", i) for i in range(rank))
         output[place:place] = indexed
         groups.append(Group(tuple(advanced), indexed, cut=True))

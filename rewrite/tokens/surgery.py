@@ -10,29 +10,21 @@ What would make it differ (a mean over tokens, a convolution, an operator withou
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import fx
 
-from rewrite.ir.errors import NotApplicableError
 from rewrite.tokens import rules
 from rewrite.tokens.edits import (
     answer_size_query,
-    combine,
-    full_size,
-    insert_call,
     insert_gather_call,
-    insert_lift,
     insert_restore_call,
     set_argument,
 )
 from rewrite.tokens.flow import Flow, Group, Label, Operand, axis_flow
-from rewrite.tokens.gather import join_positions
-from rewrite.tokens.placement import Placement, Selection, first_tensor, is_tensor, module_path, shape_of
+from rewrite.tokens.operands import Operands, refuse
+from rewrite.tokens.placement import Placement, Selection, first_tensor, shape_of
 
 
 @dataclass(frozen=True)
@@ -89,10 +81,8 @@ class _Surgery:
         self.graph = graph
         self.seeds = seeds
         self.short_outputs = short_outputs
-        self.placements: dict[fx.Node, Placement] = {}
-        self.gathered: dict[Any, fx.Node] = {}
-        self.restored: dict[fx.Node, fx.Node] = {}
-        self.joined: dict[Any, Selection] = {}
+        self.operands = Operands()
+        self.placements = self.operands.placements
 
     def run(self) -> Pushed:
         short: dict[fx.Node, Selection] = {}
@@ -104,20 +94,19 @@ class _Surgery:
             elif any(source in self.placements for source in node.all_input_nodes):
                 with self.graph.inserting_before(node):
                     self.visit(node)
-            if rules.in_place(node) or rules.name_of(node) == "setitem":  # what was gathered before is another tensor now
-                self.gathered.clear()
-                self.restored.clear()
+            if rules.in_place(node) or rules.name_of(node) == "setitem":
+                self.operands.forget()
         return Pushed({node: place.axes for node, place in self.placements.items() if place.axes}, short)
 
     def seed(self, node: fx.Node) -> Placement:
         if first_tensor(node) is None:
-            self.refuse(node, "a selection was made on it, and it was traced without a tensor", "seed nodes with an example value")
+            refuse(node, "a selection was made on it, and it was traced without a tensor", "seed nodes with an example value")
         if any(source in self.placements for source in node.all_input_nodes):
-            self.refuse(node, "a selection was made where tokens had been dropped before", "select once per axis, or compose the positions")
+            refuse(node, "a selection was made where tokens had been dropped before", "select once per axis, or compose the positions")
         shape = shape_of(node)
         axes = {axis % len(shape): selection for axis, selection in self.seeds[node].items()}
         if any(axis == 0 or shape[axis] == 1 for axis in axes):
-            self.refuse(node, "a selection was made on the batch or on an axis of size one", "select along a token axis")
+            refuse(node, "a selection was made on the batch or on an axis of size one", "select along a token axis")
         return Placement(axes, batch=_seed_layout(node).batch)
 
     def visit(self, node: fx.Node) -> None:
@@ -130,37 +119,30 @@ class _Surgery:
             return
         if name in rules.LOSSES:
             for operand in node.all_input_nodes:
-                self.restore_operand(node, operand)
+                self.operands.restore(node, operand)
             if first_tensor(node) is not None and len(shape_of(node)):
                 self.placements[node] = Placement(restored=frozenset(range(len(shape_of(node)))))
             return
         flow = axis_flow(node)
         if flow is None:
             advice = "make the selection after it, or add a rule for it to rewrite/tokens"
-            self.refuse(node, "it reads selected tokens, and how its axes flow is not known", advice)
+            refuse(node, "it reads selected tokens, and how its axes flow is not known", advice)
         if self.cuts(node, flow):
             for source in node.all_input_nodes:
-                self.restore_operand(node, source)
+                self.operands.restore(node, source)
             flow = axis_flow(node)
             assert flow is not None
         self.push(node, name, flow)
 
-    def placed(self, operand: Operand) -> tuple[Placement, dict[Label, Selection], set[Label], Label | None]:
-        """What is known of one operand, by label: its selections, its restored axes and its batch."""
-        place = self.placements.get(operand.node)
-        if place is None:
-            return Placement(), {}, set(), None
-        labels = operand.labels[len(operand.labels) - len(shape_of(operand.node)) :]
-        batch = labels[place.batch] if place.axes and place.batch is not None else None
-        return place, {labels[a]: s for a, s in place.axes.items()}, {labels[a] for a in place.restored}, batch
-
     def cuts(self, node: fx.Node, flow: Flow) -> bool:
         """Whether the operator merges, splits or cuts a selected axis, or the batch in a way that positions cannot follow."""
         marks = flow.joined[0] if flow.joined else ()
-        every_restored = {label for operand in flow.operands for label in self.placed(operand)[2]}
+        every_restored = {label for operand in flow.operands for label in self.operands.placed(operand)[2]}
         for operand in flow.operands:
-            place, selected, _, batch = self.placed(operand)
+            place, selected, _, batch = self.operands.placed(operand)
             for group in flow.groups:
+                if self.operands.refold(node, flow, operand, group) is not None:
+                    continue
                 joins = set(group.ins) == set(marks) and not every_restored.intersection(marks)
                 if selected.keys() & set(group.ins) and not joins:
                     return True
@@ -174,22 +156,19 @@ class _Surgery:
         batch: Label | None = None
         rows = 1
         for operand in flow.operands:
-            place, own, zeros, own_batch = self.placed(operand)
+            place, own, zeros, own_batch = self.operands.placed(operand)
             for label, selection in own.items():
                 if selected.setdefault(label, selection).positions is not selection.positions:
-                    self.refuse(node, "two different selections of tokens meet on one axis", "use one selection for both")
+                    refuse(node, "two different selections of tokens meet on one axis", "use one selection for both")
             if own_batch is not None:
                 if batch is not None and (batch, rows) != (own_batch, place.rows):
-                    self.refuse(node, "it combines batches that are laid out differently", "select after it")
+                    refuse(node, "it combines batches that are laid out differently", "select after it")
                 batch, rows = own_batch, place.rows
             restored |= zeros
         self.check(node, flow, selected, restored, batch)
 
         for operand in flow.operands:
-            self.gather_operand(node, operand, selected, batch, rows)
-        for path, label in flow.sizes.items():
-            if label in selected:
-                set_argument(node, path, selected[label].kept)
+            self.operands.gather(node, operand, selected, batch, rows)
         if name == "view" and selected:  # a gathered tensor may have other strides than the traced one
             node.target = "reshape"
         if name == "squeeze" and selected and rules.argument(node, 1, "dim") is None:
@@ -198,13 +177,19 @@ class _Surgery:
         out = dict(selected)
         zeros = set(restored)
         if flow.joined and set(flow.joined[0]) & selected.keys():
-            out[flow.joined[1]] = self.join(flow, selected)
+            out[flow.joined[1]] = self.operands.join(flow, selected)
         for group in flow.groups:
             if restored.intersection(group.ins):
                 zeros.update(group.outs)
-            if batch is not None and batch in group.ins:
-                holder = next(o for o in flow.operands if self.placed(o)[3] == batch)
+            refolded = [self.operands.refold(node, flow, operand, group) for operand in flow.operands]
+            if refolded and refolded[0] is not None:
+                label, out[label], batch = refolded[0]
+            elif batch is not None and batch in group.ins:
+                holder = next(o for o in flow.operands if self.operands.placed(o)[3] == batch)
                 batch, rows = _regrouped(node, flow, holder, self.placements[holder.node], group) or (batch, rows)
+        for path, label in flow.sizes.items():
+            if label in out:
+                set_argument(node, path, out[label].kept)
         axes = {i: out[label] for i, label in enumerate(flow.output) if label in out}
         marks = frozenset(i for i, label in enumerate(flow.output) if label in zeros)
         if axes or marks:
@@ -215,95 +200,18 @@ class _Surgery:
         """Refuse what would compute something else on fewer tokens, or on zeros."""
         computed = flow.reduced | flow.normalised | flow.contracted
         if flow.reduced & selected.keys():
-            self.refuse(
-                node, "it computes over the tokens, of which some were dropped", "select after it, or in a model that does not pool"
-            )
+            refuse(node, "it computes over the tokens, of which some were dropped", "select after it, or in a model that does not pool")
         if computed & restored:
-            self.refuse(node, "it computes over tokens, of which the dropped ones were put back as zeros", "select after it")
+            refuse(node, "it computes over tokens, of which the dropped ones were put back as zeros", "select after it")
         if batch in computed:
-            self.refuse(node, "it computes over the batch, whose rows kept different tokens", "select after it")
+            refuse(node, "it computes over the batch, whose rows kept different tokens", "select after it")
         if restored & selected.keys():
-            self.refuse(node, "it combines selected tokens with tokens that were put back as zeros", "select after it")
+            refuse(node, "it combines selected tokens with tokens that were put back as zeros", "select after it")
         if rules.name_of(node) == "scaled_dot_product_attention" and rules.argument(node, 5, "is_causal", default=False):
             query, key = selected.get("n"), selected.get("m")
             if (query and query.positions) is not (key and key.positions):
                 advice = "pass the causal mask as attn_mask, so that it can be gathered"
-                self.refuse(node, "is_causal=True with queries and keys of different selections", advice)
-
-    def gather_operand(self, node: fx.Node, operand: Operand, selected: Mapping[Label, Selection], batch: Label | None, rows: int) -> None:
-        """Gather an operand on each selected axis of which it still has every token."""
-        own = self.placed(operand)[1]
-        value = operand.node
-        shape = shape_of(value)
-        missing = len(operand.labels) - len(shape)
-        axes = [i for i, size in enumerate(shape) if (label := operand.labels[missing + i]) in selected and label not in own and size != 1]
-        if not axes:
-            return
-        if rules.in_place(node) and operand.path == ("args", 0):
-            self.refuse(node, "it writes selected tokens into a tensor that has all of them", "use the operator that returns a new tensor")
-        if batch is not None and batch not in operand.labels:
-            self.refuse(
-                node, f"operand {value.name} has all tokens and no axis for the batch, whose rows kept different ones", "select after it"
-            )
-        at = None if batch is None else operand.labels.index(batch)
-        lift = missing if at is not None and at < missing else 0
-        place = Placement(batch=at if at is None or lift else at - missing, rows=rows)
-        if lift:
-            value = self.once(("lift", value, lift), lambda: insert_lift(node, operand.node, lift))
-        for axis in axes:
-            positions = selected[operand.labels[missing + axis]].positions
-            key = (value, axis + lift, positions, place.batch, rows)
-            shorter = {**self.placements.get(value, Placement()).axes, axis + lift: selected[operand.labels[missing + axis]]}
-            value = self.once(key, partial(insert_gather_call, node, value, axis + lift, positions, place))
-            self.placements[value] = replace(place, axes=shorter)
-        set_argument(node, operand.path, value)
-
-    def join(self, flow: Flow, selected: Mapping[Label, Selection]) -> Selection:
-        """The selection of a concatenation along the token axis; of a part without a selection every token is left."""
-        assert flow.joined is not None
-        parts: list[fx.Node | None] = []
-        lengths: list[int | fx.Node] = []
-        kepts: list[int | fx.Node] = []
-        key: list[Any] = []
-        for operand, mark in zip(flow.operands, flow.joined[0], strict=True):
-            if (selection := selected.get(mark)) is not None:
-                parts.append(selection.positions)
-                lengths.append(selection.length)
-                kepts.append(selection.kept)
-                key.append(selection.positions)
-            else:
-                axis = operand.labels.index(mark)
-                parts.append(None)
-                lengths.append(full_size(operand.node, operand.node, axis, self.placements))
-                kepts.append(lengths[-1])
-                key.append(shape_of(operand.node)[axis])
-        if tuple(key) not in self.joined:
-            positions = insert_call(flow.operands[0].node, join_positions, (parts, lengths))
-            total = [combine(positions, operator.add, sizes) for sizes in (lengths, kepts)]
-            self.joined[tuple(key)] = Selection(positions, *total)
-        return self.joined[tuple(key)]
-
-    def once(self, key: Any, insert: Callable[[], fx.Node]) -> fx.Node:
-        """The node inserted under `key`: the first is before all that ask for it later."""
-        if key not in self.gathered:
-            self.gathered[key] = insert()
-        return self.gathered[key]
-
-    def restore_operand(self, node: fx.Node, value: fx.Node) -> None:
-        """Put the dropped tokens of an operand back as zeros, on all its axes."""
-        place = self.placements.get(value)
-        if place is None or not place.axes:
-            return
-        if not is_tensor(value):
-            self.refuse(node, f"operand {value.name} is a tuple of tensors with dropped tokens", "select after it")
-        if value not in self.restored:
-            full = value
-            for axis, selection in place.axes.items():
-                full = insert_restore_call(node, full, axis, selection, place)
-            self.restored[value] = full
-            self.placements[full] = Placement(restored=place.restored | set(place.axes))
-        full = self.restored[value]
-        node.replace_input_with(value, full)
+                refuse(node, "is_causal=True with queries and keys of different selections", advice)
 
     def output(self, node: fx.Node) -> dict[fx.Node, Selection]:
         short: dict[fx.Node, Selection] = {}
@@ -311,16 +219,12 @@ class _Surgery:
             for value in node.all_input_nodes:
                 place = self.placements.get(value)
                 if place is None or not place.axes or value not in self.short_outputs:
-                    self.restore_operand(node, value)
+                    self.operands.restore(node, value)
                 elif len(place.axes) > 1:
-                    self.refuse(value, "an output that may stay short has dropped tokens on two axes", "have it restored")
+                    refuse(value, "an output that may stay short has dropped tokens on two axes", "have it restored")
                 else:
                     (short[value],) = place.axes.values()
         return short
-
-    def refuse(self, node: fx.Node, reason: str, advice: str) -> NoReturn:
-        where = f"node {node.name} ({rules.name_of(node) or node.op}) in {module_path(node)}"
-        raise NotApplicableError(f"tokens cannot be dropped before {where}: {reason}; {advice}")
 
 
 def _regrouped(node: fx.Node, flow: Flow, operand: Operand, place: Placement, group: Group) -> tuple[Label, int] | None:

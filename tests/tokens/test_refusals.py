@@ -19,6 +19,7 @@ OVER_TOKENS: dict[str, Callable[..., Any]] = {
     "mean": lambda x, y: x.mean(1),
     "sum of everything": lambda x, y: x.sum(),
     "variance": lambda x, y: torch.var(x, (0, 1)),
+    "sum of merged tokens": lambda x, y: x.flatten(0, 1).sum(0),
     "max": lambda x, y: x.max(dim=1)[0],
     "cumsum": lambda x, y: x.cumsum(1),
     "sort": lambda x, y: x.sort(1)[0],
@@ -38,7 +39,7 @@ OVER_RESTORED: dict[str, Callable[..., Any]] = {
     "mean": lambda x, y: x[:, 1:].mean(1),
     "softmax": lambda x, y: x[:, 1:].softmax(1),
     "matmul": lambda x, y: torch.ones(3, N - 1) @ x[:, 1:],
-    "reduction after a merge": lambda x, y: x.flatten(0, 1).sum(0),
+    "reduction after a merge": lambda x, y: x.flatten().sum(0),
     "attention": lambda x, y: F.scaled_dot_product_attention(x, x[:, 1:], x[:, 1:]),
 }
 
@@ -74,7 +75,7 @@ def test_computing_over_restored_tokens(case: str) -> None:
 OTHERS: dict[str, tuple[Callable[..., Any], str]] = {
     "batch": (lambda x, y: x.sum(0), "over the batch"),
     "in place": (lambda x, y: (y.expand(B, C, C)[:, :N] * 1).add_(x), "writes selected tokens"),
-    "restored with selected": (lambda x, y: x.flatten(0, 1).view(B, N, C) + x, "combines selected tokens"),
+    "restored with selected": (lambda x, y: x.roll(1, 1) + x, "combines selected tokens"),
     "einsum without a batch": (lambda x, y: torch.einsum("bnc,nc->bnc", x, y[:N]), "no axis for the batch"),
 }
 

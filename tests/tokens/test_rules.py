@@ -55,6 +55,12 @@ TOKEN_WISE: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = 
     "whole slices of tokens": (lambda x: x[:, :N][:, 0:, 1:5][:, :, None, 0], ()),
     "index of features": (lambda x: x[..., 0] + x.select(2, 1) + x.narrow(2, 0, 1).squeeze(-1), ()),
     "index by tensor on features": (lambda x, y: x[:, :, (y * 0).long()], ((3,),)),
+    "index by list on features": (lambda x, y: x.view(-1, N, H, D)[..., [-1], :].expand(-1, N, H, D) * y, ((N, 1, 1),)),
+    "batch and tokens merged and split": (
+        lambda x, w, y: (F.linear(x.view(-1, C), w).relu() * y.expand(B, N, C).reshape(B * N, C)).view(B, N, H, D).flatten(2),
+        ((C, C), (N, C)),
+    ),
+    "batch and tokens merged": (lambda x: F.layer_norm(x.reshape(-1, C), (C,)).softmax(-1).view(x.shape), ()),
     "index_select on features": (lambda x, y: x.index_select(2, (y * 0).long()), ((3,),)),
     "gather of features": (lambda x, y: torch.gather(x, -1, (y > 0).long()), ((B, N, 2),)),
     "pieces": (lambda x: torch.stack([*x.chunk(2, -1), *x.split(C // 2, dim=-1)], 2).unbind(2)[1], ()),

@@ -51,6 +51,7 @@ DYNAMIC: dict[str, Callable[..., Tensor]] = {
     "sizes of the tokens in numbers": lambda x, y: (x + y) / x.shape[1],
     "arange": lambda x, y: x * y + torch.arange(x.shape[1]).view(-1, 1),
     "slices that are whole": lambda x, y: x[:, : x.shape[1]] + y,
+    "batch and tokens merged": lambda x, y: (x.reshape(-1, C) * 2).view(x.shape[0], x.shape[1], C) + y,
     "merged and split heads": lambda x, y: (
         (x.view(x.shape[0], x.shape[1], H, C // H).transpose(1, 2).reshape(-1, x.shape[1], C // H).view(x.shape[0], H, x.shape[1], -1)).sum(
             (1, 3)
@@ -65,6 +66,12 @@ def test_symbolic_sizes(case: str) -> None:
     x, y = torch.randn(B, N, C), torch.randn(N, C)
     got, _ = pushed(DYNAMIC[case], x, y, dynamic=True)
     torch.testing.assert_close(got, zeroed(DYNAMIC[case](x, y)))
+
+
+def test_symbolic_merge_is_restored_at_the_output() -> None:
+    x = torch.randn(B, N, C)
+    got, _ = pushed(lambda x: x.view(-1, C) * 2, x, dynamic=True)
+    torch.testing.assert_close(got, zeroed(x).view(-1, C) * 2)
 
 
 def test_symbolic_cut_is_restored() -> None:

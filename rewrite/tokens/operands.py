@@ -1,0 +1,150 @@
+"""The operands of one operator, brought to one selection: gathered, restored, or joined."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, NoReturn
+
+from torch import fx
+
+from rewrite.ir.errors import NotApplicableError
+from rewrite.tokens import rules
+from rewrite.tokens.edits import combine, full_size, insert_call, insert_gather_call, insert_lift, insert_restore_call, set_argument
+from rewrite.tokens.flow import Flow, Group, Label, Operand
+from rewrite.tokens.gather import flatten_positions, join_positions
+from rewrite.tokens.placement import Placement, Selection, is_tensor, module_path, shape_of
+
+
+def refuse(node: fx.Node, reason: str, advice: str) -> NoReturn:
+    """Raise the error that says why tokens cannot be dropped before `node`, and what to do."""
+    where = f"node {node.name} ({rules.name_of(node) or node.op}) in {module_path(node)}"
+    raise NotApplicableError(f"tokens cannot be dropped before {where}: {reason}; {advice}")
+
+
+class Operands:
+    """Where every tensor of a graph has its tokens, and the nodes that were inserted to bring operands together."""
+
+    def __init__(self) -> None:
+        self.placements: dict[fx.Node, Placement] = {}
+        self.gathered: dict[Any, fx.Node] = {}
+        self.restored: dict[fx.Node, fx.Node] = {}
+        self.joined: dict[Any, Selection] = {}
+        self.flat: dict[fx.Node, Selection] = {}  # by positions: the selection of batch and tokens merged
+        self.folded: dict[fx.Node, tuple[Selection, Any, Any]] = {}  # by merged positions: the one it was, B, and N
+
+    def forget(self) -> None:
+        """A tensor was written to: what was gathered from it, or restored, is another tensor now."""
+        self.gathered.clear()
+        self.restored.clear()
+
+    def placed(self, operand: Operand) -> tuple[Placement, dict[Label, Selection], set[Label], Label | None]:
+        """What is known of one operand, by label: its selections, its restored axes and its batch."""
+        place = self.placements.get(operand.node)
+        if place is None:
+            return Placement(), {}, set(), None
+        labels = operand.labels[len(operand.labels) - len(shape_of(operand.node)) :]
+        batch = labels[place.batch] if place.axes and place.batch is not None else None
+        return place, {labels[a]: s for a, s in place.axes.items()}, {labels[a] for a in place.restored}, batch
+
+    def gather(self, node: fx.Node, operand: Operand, selected: Mapping[Label, Selection], batch: Label | None, rows: int) -> None:
+        """Gather an operand on each selected axis of which it still has every token."""
+        own = self.placed(operand)[1]
+        value = operand.node
+        shape = shape_of(value)
+        missing = len(operand.labels) - len(shape)
+        axes = [i for i, size in enumerate(shape) if (label := operand.labels[missing + i]) in selected and label not in own and size != 1]
+        if not axes:
+            return
+        if rules.in_place(node) and operand.path == ("args", 0):
+            refuse(node, "it writes selected tokens into a tensor that has all of them", "use the operator that returns a new tensor")
+        if batch is not None and batch not in operand.labels:
+            refuse(
+                node, f"operand {value.name} has all tokens and no axis for the batch, whose rows kept different ones", "select after it"
+            )
+        at = None if batch is None else operand.labels.index(batch)
+        lift = missing if at is not None and at < missing else 0
+        place = Placement(batch=at if at is None or lift else at - missing, rows=rows)
+        if lift:
+            value = self._once(("lift", value, lift), lambda: insert_lift(node, operand.node, lift))
+        for axis in axes:
+            positions = selected[operand.labels[missing + axis]].positions
+            key = (value, axis + lift, positions, place.batch, rows)
+            shorter = {**self.placements.get(value, Placement()).axes, axis + lift: selected[operand.labels[missing + axis]]}
+            value = self._once(key, partial(insert_gather_call, node, value, axis + lift, positions, place))
+            self.placements[value] = replace(place, axes=shorter)
+        set_argument(node, operand.path, value)
+
+    def join(self, flow: Flow, selected: Mapping[Label, Selection]) -> Selection:
+        """The selection of a concatenation along the token axis; of a part without a selection every token is left."""
+        assert flow.joined is not None
+        parts: list[fx.Node | None] = []
+        lengths: list[int | fx.Node] = []
+        kepts: list[int | fx.Node] = []
+        key: list[Any] = []
+        for operand, mark in zip(flow.operands, flow.joined[0], strict=True):
+            if (selection := selected.get(mark)) is not None:
+                parts.append(selection.positions)
+                lengths.append(selection.length)
+                kepts.append(selection.kept)
+                key.append(selection.positions)
+            else:
+                axis = operand.labels.index(mark)
+                parts.append(None)
+                lengths.append(full_size(operand.node, operand.node, axis, self.placements))
+                kepts.append(lengths[-1])
+                key.append(shape_of(operand.node)[axis])
+        if tuple(key) not in self.joined:
+            positions = insert_call(flow.operands[0].node, join_positions, (parts, lengths))
+            total = [combine(positions, operator.add, sizes) for sizes in (lengths, kepts)]
+            self.joined[tuple(key)] = Selection(positions, *total)
+        return self.joined[tuple(key)]
+
+    def refold(self, node: fx.Node, flow: Flow, operand: Operand, group: Group) -> tuple[Label, Selection, Label | None] | None:
+        """The selection where batch and tokens are merged to one axis, or split again: its axis, itself, and the batch; else None.
+
+        Merged, it is a selection of one row, [1, B * K] of B * N, and there is no batch.
+        """
+        place, selected, _, batch = self.placed(operand)
+        if group.cut or len(place.axes) != 1 or not selected.keys() & set(group.ins):
+            return None
+        shape = shape_of(operand.node)
+        (axis, selection), *_ = place.axes.items()
+        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1:
+            assert place.batch is not None
+            if selection.positions not in self.flat:
+                rows = full_size(operand.node, operand.node, place.batch, self.placements)
+                positions = insert_call(operand.node, flatten_positions, (selection.positions, selection.length))
+                sizes = [combine(positions, operator.mul, [rows, size]) for size in (selection.length, selection.kept)]
+                self.flat[selection.positions] = Selection(positions, *sizes)
+                self.folded[positions] = selection, shape[place.batch], shape[axis]
+            return group.outs[0], self.flat[selection.positions], None
+        if len(group.ins) == 1 and len(group.outs) == 2 and selection.positions in self.folded and flow.sizes:
+            split, *sizes = self.folded[selection.positions]
+            if sizes == [shape_of(node)[flow.output.index(label)] for label in group.outs]:
+                return group.outs[1], split, group.outs[0]
+        return None
+
+    def _once(self, key: Any, insert: Callable[[], fx.Node]) -> fx.Node:
+        """The node inserted under `key`: the first is before all that ask for it later."""
+        if key not in self.gathered:
+            self.gathered[key] = insert()
+        return self.gathered[key]
+
+    def restore(self, node: fx.Node, value: fx.Node) -> None:
+        """Put the dropped tokens of an operand back as zeros, on all its axes."""
+        place = self.placements.get(value)
+        if place is None or not place.axes:
+            return
+        if not is_tensor(value):
+            refuse(node, f"operand {value.name} is a tuple of tensors with dropped tokens", "select after it")
+        if value not in self.restored:
+            full = value
+            for axis, selection in place.axes.items():
+                full = insert_restore_call(node, full, axis, selection, place)
+            self.restored[value] = full
+            self.placements[full] = Placement(restored=place.restored | set(place.axes))
+        full = self.restored[value]
+        node.replace_input_with(value, full)
