@@ -1,0 +1,45 @@
+"""The examples run: the pass of one's own as a script, the demo at small sizes."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_custom_pass_is_short() -> None:
+    assert len((EXAMPLES / "custom_pass.py").read_text().splitlines()) < 40
+
+
+def test_custom_pass_runs_as_a_script() -> None:
+    done = subprocess.run([sys.executable, EXAMPLES / "custom_pass.py"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "2 rewritten" in done.stdout
+    changed = done.stdout.partition("largest change of the output: ")[2].split()[0]
+    assert float(changed) > 0
+    kernel = done.stdout.partition("kernel ")[2].split(": ")[1].split()[0]
+    assert Path(kernel).suffix == ".py"
+    assert Path(kernel).exists()
+
+
+@pytest.mark.timeout(600)
+def test_demo_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    demo = importlib.import_module("demo")
+    demo_models = importlib.import_module("demo_models")
+
+    demo.main(["--small", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert "Random weights" in printed
+    for name in ("agent", "neighborhood", "token_exit", "sink_redistribution"):
+        assert name in printed
+    visual, text = demo_models.SMALL.llava_grid**2, demo_models.TEXT_BEFORE + demo_models.TEXT_AFTER
+    cached = text + demo_models.SMALL.new_tokens - 1
+    assert f"tokens in the KV cache of each layer: {cached + visual} {cached + visual} {cached} {cached}" in printed
+    for picture in ("token_exit", "neighborhood_and_agents", "multiply_adds"):
+        assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
