@@ -133,11 +133,11 @@ def heading(threads: int, load: float) -> list[str]:
     return [
         "# CPU: forward passes, rewritten against unmodified",
         "",
-        f"{datetime.date.today()}; Python {platform.python_version()}, {packages}; {model or platform.processor()}, {os.cpu_count()} cores, "
-        f"{threads} threads; load average {load:.1f} when the run began (shared machine where that is much above 0).",
+        f"{datetime.date.today()}; Python {platform.python_version()}, {packages}; {model or platform.processor()}, {os.cpu_count()} "
+        f"cores, {threads} threads; load average {load:.1f} when the run began (shared machine where that is much above 0).",
         "",
-        "Batch 1, float32, no gradients, random weights. The unmodified model uses PyTorch's scaled_dot_product_attention. A ratio above 1 is",
-        "faster than that baseline: the median over rounds of baseline / variant within a round. Written by benchmarks/cpu.py.",
+        "Batch 1, float32, no gradients, random weights. The unmodified model uses PyTorch's scaled_dot_product_attention. A ratio above",
+        "1 is faster than that baseline: the median over rounds of baseline / variant within a round. Written by benchmarks/cpu.py.",
     ]
 
 
