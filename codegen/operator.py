@@ -155,7 +155,7 @@ def _described(operation: Attend | str) -> tuple[str, tuple[str, ...]]:
     return text, tuple(Attend.from_json(text).tensors())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, no-untyped-call]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _constant(operation: Attend | str) -> tuple[str, tuple[str, ...]]:
     """An operation is a constant of the program that calls it: its text is worked out outside the trace."""
     return _described(operation)

@@ -123,7 +123,8 @@ def _fused(
             scale=scale,
         )
         part = part[..., :width]
-        if bias is not None:
+        # Rows that see no key come back with whatever log-sum-exp the operator likes; only then is the bias looked through.
+        if bias is not None and bool(((total == 0) | ~total.isfinite()).any()):
             empty = bias.amax(-1) == -torch.inf
             part, total = part.masked_fill(empty[..., None], 0.0), total.masked_fill(empty, -torch.inf)
         out[:, :, visit.rows] = part

@@ -50,10 +50,18 @@ def _add(expression: sympy.Expr, names: Names) -> str:
 
 
 def _mul(expression: sympy.Expr, names: Names) -> str:
-    numerator, denominator = expression.as_numer_denom()
-    if denominator != 1:
-        return f"{_atom(numerator, names)} / {_atom(denominator, names)}"
-    return " * ".join(_atom(factor, names) for factor in expression.as_ordered_factors())
+    above: list[sympy.Basic] = []
+    below: list[sympy.Basic] = []
+    for factor in expression.as_ordered_factors():
+        if isinstance(factor, sympy.Pow) and factor.exp.is_negative and factor.exp.is_number:
+            below.append(sympy.Pow(factor.base, -factor.exp))
+        elif isinstance(factor, sympy.Rational) and factor.q != 1:
+            above += [sympy.Integer(factor.p)] if factor.p != 1 else []
+            below.append(sympy.Integer(factor.q))
+        else:
+            above.append(factor)
+    text = " * ".join(_atom(factor, names) for factor in above) or "1.0"
+    return text + "".join(f" / {_atom(factor, names)}" for factor in below)
 
 
 def _pow(expression: sympy.Expr, names: Names) -> str:

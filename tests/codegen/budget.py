@@ -1,0 +1,58 @@
+"""How far a result may be from the float64 reference: bounds from the data and the arithmetic, not chosen by hand.
+
+With u the unit roundoff: a score, a sum of D products and a few terms in float32, is off by at most (D + 8) u32 * (sum of magnitudes);
+a softmax weight is off by twice that, relatively, and by u of the dtype where it is rounded for the second matrix product; the output is
+rounded once more. All of it is carried by  sum_j |weight_ij| |v_j|.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from rewrite.ir import Attend
+from rewrite.ir.semantics import aligned, attend, attention_weights, evaluate_expression, positions
+
+# A group weight such as 1 + 0.4 (m2 + m3) / m1 has a few masses in it, each off as a softmax weight is.
+OPERATIONS_OF_A_GROUP_WEIGHT = 8
+
+
+def in_double(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
+
+
+def expected(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    return attend(operation, in_double(values))
+
+
+def expected_lse(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, H, Nq]: log of the sum of exp(score) over the keys that the mask shows."""
+    doubled = in_double(values)
+    query, key = doubled["query"], doubled["key"]
+    dot = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-2, -1)
+    tensors = {name: aligned(doubled[name], axes) for name, axes in operation.tensors().items()}
+    environment = {**positions(query.shape[2], key.shape[2], dot.device), **tensors, "qk": dot}
+    seen = torch.as_tensor(evaluate_expression(operation.mask, environment))
+    return torch.as_tensor(evaluate_expression(operation.score, environment)).masked_fill(~seen, -torch.inf).logsumexp(-1)
+
+
+def score_error(operation: Attend, values: dict[str, torch.Tensor]) -> float:
+    """How far a score may be off in float32."""
+    doubled = in_double(values)
+    heads = doubled["query"].shape[1] // doubled["key"].shape[1]
+    magnitude = doubled["query"].abs() @ doubled["key"].abs().repeat_interleave(heads, 1).transpose(-2, -1)
+    bias = sum(float(value.abs().max()) for name, value in doubled.items() if name == "bias")
+    terms = doubled["query"].shape[3] + 8
+    return terms * torch.finfo(torch.float32).eps * (float(magnitude.max()) + bias + 1.0)
+
+
+def output_budget(operation: Attend, values: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """[B, H, Nq, Dv]: the largest error of the output in `dtype`."""
+    doubled = in_double(values)
+    weights = attention_weights(operation, doubled).abs()
+    value = doubled["value"].abs().repeat_interleave(weights.shape[1] // doubled["value"].shape[1], 1)
+    numbers = torch.finfo(dtype)
+    grouped = OPERATIONS_OF_A_GROUP_WEIGHT if operation.groups is not None else 1
+    relative = 3 * numbers.eps + 2 * grouped * score_error(operation, values) + weights.shape[-1] * torch.finfo(torch.float32).eps
+    # Weights under the smallest number of the dtype are rounded to multiples of it.
+    smallest = numbers.eps * numbers.smallest_normal
+    return relative * (weights @ value) + smallest * value.sum(2, keepdim=True)

@@ -1,0 +1,69 @@
+"""Emitted kernels run by Triton's interpreter, in a process of its own: TRITON_INTERPRET has to be set before Triton is imported."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+
+
+def _interpret() -> None:
+    """Set up the worker. Triton 3.6 and 3.7 keep bfloat16 as bits and multiply the bits in tl.dot; here they become float32 first."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def widened(handle: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(builder, a, b, *rest):  # type: ignore[no-untyped-def]
+        return multiply(builder, widened(a), widened(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+    torch.set_num_threads(1)
+
+
+def start() -> ProcessPoolExecutor:
+    """One worker that interprets; this process goes on compiling."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(_interpret).result()
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+    return pool
+
+
+def run(attend_json: str, operands: list[torch.Tensor], block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of the kernel emitted for the operation, poisoned with NaN before the run.
+
+    operands: query, key, value and the operation's tensors. block: queries and keys per tile.
+    """
+    from codegen.kernel import kernel_for
+    from codegen.tiles import Tile
+    from codegen.torch_streaming import output_like
+
+    query, key, value, *tensors = operands
+    out, lse = output_like(query, value)
+    out.fill_(torch.nan)
+    lse.fill_(torch.nan)
+    kernel_for(attend_json).load().launch(query, key, value, tensors, out, lse, tile=Tile(*block, 4, 1))
+    return out, lse
+
+
+def compile_while_interpreting(attend_json: str) -> str:
+    """What `Kernel.compile` says in a process that interprets."""
+    from codegen.kernel import kernel_for
+    from rewrite.ir.errors import RewriteError
+
+    try:
+        kernel_for(attend_json).compile()
+    except RewriteError as error:
+        return str(error)
+    return "compiled"

@@ -1,0 +1,141 @@
+"""The torch lowering against the float64 reference: outputs, every gradient, memory."""
+
+from __future__ import annotations
+
+import attention_forms as forms
+import pytest
+import torch
+from attention_forms import Shape, operands
+from budget import expected, expected_lse, output_budget
+from test_interpreter import ANY_SIZE, DTYPES, NEIGHBOURHOODS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from codegen.operator import attend, attend_op
+from codegen.torch_backward import attend_gradients
+from codegen.torch_streaming import attend_forward
+from rewrite.ir import Attend, RewriteError, semantics
+
+FORMS: dict[str, tuple[Attend, Shape]] = {
+    **{name: (build(), Shape()) for name, build in ANY_SIZE.items()},
+    **{name: (form, Shape(n_queries=n, n_keys=n)) for name, (form, n) in NEIGHBOURHOODS.items()},
+    "more queries than keys": (forms.causal(), Shape(n_queries=53, n_keys=37)),
+    "one token": (forms.causal(), Shape(1, 2, 1, 1, 1)),
+    "one query": (forms.grouped(), Shape(n_queries=1)),
+    "wide values": (forms.biased("hij"), Shape(value_dim=24)),
+    "narrow values": (forms.plain(), Shape(head_dim=72, value_dim=8)),
+}
+forms_and_broadcast = pytest.mark.parametrize(("form", "broadcast"), [(form, broadcast) for form in FORMS for broadcast in (False, True)])
+
+
+def run(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    return attend(operation, values["query"], values["key"], values["value"], values)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_output(form: str, dtype: torch.dtype) -> None:
+    operation, shape = FORMS[form]
+    values = operands(operation, shape, dtype)
+    out = run(operation, values)
+    assert out.dtype == dtype
+    assert ((out.double() - expected(operation, values)).abs() <= output_budget(operation, values, dtype)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_log_sum_exp(form: str) -> None:
+    operation, shape = FORMS[form]
+    values = operands(operation, shape, torch.float64)
+    tensors = [values[name] for name in operation.tensors()]
+    lse = attend_op(values["query"], values["key"], values["value"], tensors, operation.to_json())[1]
+    reference = expected_lse(operation, values)
+    assert lse.dtype == torch.float32
+    assert torch.equal(lse == -torch.inf, reference == -torch.inf)
+    finite = reference.isfinite()
+    assert ((lse - reference)[finite].abs() <= torch.finfo(torch.float32).eps * reference[finite].abs()).all()
+
+
+@forms_and_broadcast
+def test_gradients(form: str, broadcast: bool) -> None:
+    operation, shape = FORMS[form]
+    values = operands(operation, shape, torch.float64, broadcast=broadcast)
+    leaves = {name: value.requires_grad_() for name, value in values.items() if value.is_floating_point()}
+    reference = semantics.attend(operation, values)
+    received = torch.randn(reference.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    wanted = torch.autograd.grad(reference, list(leaves.values()), received, allow_unused=True)
+    found = torch.autograd.grad(run(operation, values), list(leaves.values()), received, allow_unused=True)
+    # Each gradient is a sum of at most B H Nq (or Nk) D products of these magnitudes, and a few divisions by masses.
+    largest = max(1.0, *(float(leaf.detach().abs().max()) for leaf in leaves.values()))
+    terms = max(shape.n_queries, shape.n_keys) * max(shape.head_dim, shape.value_dim) * shape.batch * shape.heads
+    budget = torch.finfo(torch.float64).eps * terms * largest**2 * float(received.abs().max())
+    for name, left, right in zip(leaves, wanted, found, strict=True):
+        assert right is not None, name
+        assert (right - (0 if left is None else left)).abs().max() <= budget, name
+
+
+def test_gradient_of_the_log_sum_exp() -> None:
+    operation = forms.biased("hij")
+    values = operands(operation, Shape(), torch.float64)
+    query = values["query"].requires_grad_()
+    found = torch.autograd.grad(attend_op(query, values["key"], values["value"], [values["bias"]], operation.to_json())[1].sum(), query)[0]
+    wanted = torch.autograd.grad(expected_lse(operation, values).sum(), query)[0]
+    assert (found - wanted).abs().max() <= torch.finfo(torch.float64).eps * 53 * 16 * float(values["key"].abs().max())
+
+
+def test_no_gradient_is_nan_where_a_group_has_no_keys() -> None:
+    operation = forms.grouped()
+    values = operands(operation, Shape(), torch.float64)
+    values["member"].zero_()
+    for name in ("query", "key", "value", "count"):
+        values[name].requires_grad_()
+    run(operation, values).sum().backward()
+    assert all(values[name].grad.isfinite().all() for name in ("query", "key", "value", "count"))
+
+
+def test_backward_is_deterministic() -> None:
+    operation = forms.neighbourhood_2d(6, 7, 3, 2, 1)
+    values = operands(operation, Shape(n_queries=43, n_keys=43))
+    received = torch.ones(2, 4, 43, 16), torch.zeros(2, 4, 43)
+    runs = [attend_gradients(operation, received, (values["query"], values["key"], values["value"]), values, []) for _ in range(2)]
+    assert all(torch.equal(left, right) for left, right in zip(*runs, strict=True))
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that an operator made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = function(*args, **(kwargs or {}))
+        for made in torch.utils._pytree.tree_leaves(result):
+            if isinstance(made, torch.Tensor):
+                self.elements = max(self.elements, made.untyped_storage().nbytes() // max(1, made.element_size()))
+        return result
+
+
+@pytest.mark.parametrize("operation", [forms.plain(), forms.causal(), forms.neighbourhood_1d(2048, 65), forms.grouped(), forms.softcap()])
+def test_no_map_is_made(operation: Attend) -> None:
+    n = 2048
+    shape = Shape(1, 2, 2, n, n, 16, 16)
+    values = operands(operation, shape)
+    named = {name: values[name] for name in operation.tensors()}
+    with Largest() as forward:
+        attend_forward(operation, values["query"], values["key"], values["value"], named)
+    with Largest() as backward:
+        received = torch.ones(1, 2, n, 16), torch.zeros(1, 2, n)
+        attend_gradients(operation, received, (values["query"], values["key"], values["value"]), named, [])
+    # 256 queries at a time, times keys and heads.
+    assert forward.elements <= 256 * n * 2 < n * n
+    assert backward.elements <= 256 * n * 2
+
+
+def test_operands_that_do_not_fit_are_refused() -> None:
+    operation = forms.biased("hij")
+    values = operands(operation, Shape())
+    with pytest.raises(RewriteError, match="bias"):
+        run(operation, {**values, "bias": values["bias"][:, :5]})
+    with pytest.raises(RewriteError, match="not given"):
+        attend(operation, values["query"], values["key"], values["value"], {})
+    with pytest.raises(RewriteError, match="one dtype"):
+        run(operation, {**values, "key": values["key"].double()})
+    with pytest.raises(RewriteError, match="multiple of Hkv"):
+        run(operation, {**values, "query": values["query"][:, :3]})
