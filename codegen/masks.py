@@ -37,14 +37,15 @@ def static_key(mask: Boolean) -> str:
     return json.dumps(to_json(split_mask(mask)[0]))
 
 
-def visible_rows(static: str, n_queries: int, n_keys: int, chunk: int = CHUNK) -> Iterator[tuple[int, torch.Tensor]]:
-    """(first query, which keys its chunk of queries sees [<= chunk, n_keys] bool), in order, on the CPU."""
+def visible_rows(
+    static: str, n_queries: int, n_keys: int, chunk: int = CHUNK, order: torch.Tensor | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(queries [<= chunk], which keys each of them sees [<= chunk, n_keys] bool), on the CPU; all queries once, in `order` if given."""
     predicate = from_json(json.loads(static))
-    for first in range(0, n_queries, chunk):
-        rows = slice(first, min(first + chunk, n_queries))
-        values = positions(n_queries, n_keys, torch.device("cpu"), rows)
-        seen = torch.as_tensor(evaluate_expression(predicate, values))
-        yield first, seen.expand(1, 1, rows.stop - first, n_keys)[0, 0]
+    whole = positions(n_queries, n_keys, torch.device("cpu"))
+    for rows in torch.split(torch.arange(n_queries) if order is None else order, chunk):
+        seen = torch.as_tensor(evaluate_expression(predicate, {**whole, "i": rows.view(1, 1, -1, 1)}))
+        yield rows, seen.expand(1, 1, len(rows), n_keys)[0, 0]
 
 
 @lru_cache(maxsize=256)

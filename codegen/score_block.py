@@ -60,7 +60,7 @@ class ScoreBlock:
         self.values: dict[str, Any] = {
             "b": torch.arange(query.shape[0], device=device).view(-1, 1, 1, 1),
             "h": torch.arange(query.shape[1], device=device).view(1, -1, 1, 1),
-            "i": torch.arange(visit.rows.start, visit.rows.stop, device=device).view(1, 1, -1, 1),
+            "i": visit.query_positions(device).view(1, 1, -1, 1),
             "j": visit.key_positions(device).view(1, 1, 1, -1),
             "Nq": query.shape[2],
             "Nk": key.shape[2],

@@ -18,10 +18,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from codegen.group_block import GroupBlock
-from codegen.masks import static_key
 from codegen.score_block import ScoreBlock, accumulation_dtype, derivative, dot, softmax, sum_over_queries, weighted_sum
-from codegen.torch_streaming import rows_at_a_time
-from codegen.visits import Visit, visits
+from codegen.torch_streaming import blockwise_visits
+from codegen.visits import Visit
 from rewrite.ir.expression import QK, tensor
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import aligned
@@ -40,11 +39,11 @@ class TensorGradient:
         """Add what one visit gives, [B, H, rows, columns] or, from the group weights, [B, H, rows, 1]."""
         whole = [axis for axis in range(4) if self.total.shape[axis] == 1]
         part = part.sum(whole, keepdim=True) if whole else part
-        target = visit.queries(self.total, 2)
-        if target.shape[3] == 1 or isinstance(visit.columns, slice):
-            visit.keys(target, 3).add_(part)
-        else:
-            target[..., visit.columns] += part
+        rows = slice(None) if 2 in whole else visit.rows
+        columns = slice(None) if 3 in whole else visit.columns
+        if isinstance(rows, torch.Tensor) and isinstance(columns, torch.Tensor):
+            rows = rows[:, None]
+        self.total[:, :, rows, columns] += part
 
     def result(self) -> torch.Tensor:
         return self.total.reshape(self.operand.shape).to(self.operand.dtype)
@@ -72,7 +71,7 @@ def attend_gradients(
     d_query, d_key, d_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (query, key, value))
     axes = attend.tensors()
     gradients = [TensorGradient(name, axes[name], tensors[name]) for name in wanted]
-    for visit in visits(static_key(attend.mask), query.shape[2], key.shape[2], rows_at_a_time(query, key), query.device):
+    for visit in blockwise_visits(attend, query, key):
         rows, keys, values = visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype), visit.keys(value, 2).to(dtype)
         d_rows = visit.queries(grad_out, 2).to(dtype)
         block = ScoreBlock(attend, query, key, tensors, visit)

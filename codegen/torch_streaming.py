@@ -15,7 +15,7 @@ from torch.nn import functional
 from codegen.group_block import GroupBlock
 from codegen.masks import split_mask, static_key
 from codegen.score_block import ScoreBlock, accumulation_dtype, linear_score, softmax, weighted_sum
-from codegen.visits import Visit, best_block, visits
+from codegen.visits import Plan, Visit, best_plan, visits
 from rewrite.ir.operations import Attend
 
 # Scores held at a time, 16 MiB in float32: about what two cores have as last-level cache.
@@ -29,6 +29,13 @@ def rows_at_a_time(query: torch.Tensor, key: torch.Tensor) -> int:
     per_row = max(1, query.shape[0] * query.shape[1] * key.shape[2])
     fitting = max(1, SCORES_AT_A_TIME // per_row)
     return min(256, max(16, 1 << (fitting.bit_length() - 1)))
+
+
+def blockwise_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor) -> tuple[Visit, ...]:
+    """The visits of what is computed as matrix products: the plan that suits the mask, in blocks of `rows_at_a_time` at most."""
+    static, n_queries, n_keys, most = static_key(attend.mask), query.shape[2], key.shape[2], rows_at_a_time(query, key)
+    plan = best_plan(static, n_queries, n_keys)
+    return visits(static, n_queries, n_keys, plan._replace(block=min(plan.block, most)), query.device)
 
 
 def output_like(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +56,7 @@ def attend_forward(
     out.zero_()
     lse.fill_(-torch.inf)
     dtype = accumulation_dtype(query.dtype)
-    for visit in visits(static_key(attend.mask), query.shape[2], key.shape[2], rows_at_a_time(query, key), query.device):
+    for visit in blockwise_visits(attend, query, key):
         block = ScoreBlock(attend, query, key, tensors, visit)
         block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
         weights, total = softmax(block.scores())
@@ -66,14 +73,14 @@ def _fused_visits(attend: Attend, rest: sympy.Expr, n_queries: int, n_keys: int,
     static, dynamic = split_mask(attend.mask)
     key = static_key(attend.mask)
     if static != sympy.true:
-        return visits(key, n_queries, n_keys, best_block(key, n_queries, n_keys), device)
+        return visits(key, n_queries, n_keys, best_plan(key, n_queries, n_keys), device)
     ready = dynamic == sympy.true and (rest == 0 or isinstance(rest, sympy.Indexed))
-    return visits(key, n_queries, n_keys, max(1, n_queries) if ready else FUSED_ROWS, device)
+    return visits(key, n_queries, n_keys, Plan(max(1, n_queries) if ready else FUSED_ROWS), device)
 
 
 def _bias(block: ScoreBlock, rest: sympy.Expr, dtype: torch.dtype) -> torch.Tensor | None:
     """What is added to the scaled dot product, [1 or B, 1 or H, rows, columns]; None for nothing."""
-    size = (len(range(block.visit.rows.start, block.visit.rows.stop)), block.values["j"].shape[-1])
+    size = (block.values["i"].shape[2], block.values["j"].shape[3])
     bias = None
     if rest != 0:
         bias = torch.as_tensor(block.evaluate(rest), dtype=dtype, device=block.values["i"].device)
@@ -109,7 +116,7 @@ def _fused(
     query, key, value = (functional.pad(t, (0, widest - t.shape[3])) if t.shape[3] < widest else t for t in (query, key, value))
     out, lse = output_like(query, value[..., :width])
     planned = _fused_visits(attend, rest, n_queries, n_keys, query.device)
-    if sum(visit.rows.stop - visit.rows.start for visit in planned) < n_queries:
+    if sum(visit.n_queries for visit in planned) < n_queries:
         out.zero_()
         lse.fill_(-torch.inf)
     for visit in planned:

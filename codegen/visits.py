@@ -1,7 +1,7 @@
 """What the torch lowering visits: blocks of queries, each with the keys that any of them sees.
 
-The finer the blocks, the fewer keys are visited in vain; the coarser, the fewer calls and copies. The block size with the least
-estimated cost is taken, from the static mask alone.
+The finer the blocks, the fewer keys are visited in vain; the coarser, the fewer calls and copies. The order and the block size with the
+least estimated cost are taken, from the static mask alone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from codegen.masks import visible_rows
+from codegen.query_order import query_order
 
 # Block sizes considered: below 32 queries a matrix product no longer amortises its keys, above 256 the score block leaves the cache.
 CANDIDATES = (32, 64, 128, 256)
@@ -22,75 +23,99 @@ COST_OF_A_KEY = 32
 COST_OF_A_BLOCK = 4000
 
 
+class Plan(NamedTuple):
+    """Queries per block, and whether they are taken in the order of `codegen.query_order` instead of their own."""
+
+    block: int
+    ordered: bool = False
+
+
 class Visit(NamedTuple):
     """A block of queries and its keys.
 
-    rows: the queries. columns: the keys that any of them sees, a slice where they are consecutive, else positions [n] int64.
+    rows: the queries, a slice where they are consecutive, else positions [n] int64. columns: the keys that any of them sees, likewise.
     seen: which of them each query sees [rows, columns] bool, or None if every query sees all.
     """
 
-    rows: slice
+    rows: slice | torch.Tensor
     columns: slice | torch.Tensor
     seen: torch.Tensor | None
 
+    @property
+    def n_queries(self) -> int:
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
     def keys(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """The tensor at the visited keys; an axis of size 1 is left as it is."""
-        if tensor.shape[axis] == 1:
-            return tensor
-        if isinstance(self.columns, slice):
-            return tensor.narrow(axis, self.columns.start, self.columns.stop - self.columns.start)
-        return tensor.index_select(axis, self.columns)
+        return _take(tensor, axis, self.columns)
 
     def queries(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """The tensor at the block's queries; an axis of size 1 is left as it is."""
-        return tensor if tensor.shape[axis] == 1 else tensor.narrow(axis, self.rows.start, self.rows.stop - self.rows.start)
+        return _take(tensor, axis, self.rows)
 
     def key_positions(self, device: torch.device) -> torch.Tensor:
-        if isinstance(self.columns, slice):
-            return torch.arange(self.columns.start, self.columns.stop, device=device)
-        return self.columns
+        return _positions(self.columns, device)
+
+    def query_positions(self, device: torch.device) -> torch.Tensor:
+        return _positions(self.rows, device)
+
+
+def _take(tensor: torch.Tensor, axis: int, chosen: slice | torch.Tensor) -> torch.Tensor:
+    if tensor.shape[axis] == 1:
+        return tensor
+    return tensor.narrow(axis, chosen.start, chosen.stop - chosen.start) if isinstance(chosen, slice) else tensor.index_select(axis, chosen)
+
+
+def _positions(chosen: slice | torch.Tensor, device: torch.device) -> torch.Tensor:
+    return torch.arange(chosen.start, chosen.stop, device=device) if isinstance(chosen, slice) else chosen
 
 
 @lru_cache(maxsize=256)
-def best_block(static: str, n_queries: int, n_keys: int) -> int:
-    """The block size among `CANDIDATES` that the estimated cost is least for."""
-    cost = dict.fromkeys(CANDIDATES, 0)
-    for _, seen in visible_rows(static, n_queries, n_keys, max(CANDIDATES)):
-        for block in CANDIDATES:
-            for part in torch.split(seen, block):
-                cost[block] += int(part.any(0).sum()) * (len(part) + COST_OF_A_KEY) + COST_OF_A_BLOCK
-    return min(cost, key=cost.__getitem__)
+def best_plan(static: str, n_queries: int, n_keys: int) -> Plan:
+    """The plan with the least estimated cost for a static mask (JSON text, see `codegen.masks.static_key`)."""
+    if static == "true":
+        return Plan(max(CANDIDATES))
+    cost: dict[Plan, int] = {}
+    for order in (None, query_order(static, n_queries, n_keys)):
+        for _, seen in visible_rows(static, n_queries, n_keys, max(CANDIDATES), order):
+            for block in CANDIDATES:
+                plan = Plan(block, order is not None)
+                for part in torch.split(seen, block):
+                    visited = int(part.any(0).sum()) * (len(part) + COST_OF_A_KEY) + COST_OF_A_BLOCK
+                    cost[plan] = cost.get(plan, 0) + visited
+    return min(cost, key=cost.__getitem__, default=Plan(max(CANDIDATES)))
 
 
-def _columns(needed: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
-    """Positions where `needed` [n_keys] bool holds."""
-    found = needed.nonzero().flatten()
-    if len(found) and int(found[-1] - found[0]) == len(found) - 1:
-        return slice(int(found[0]), int(found[-1]) + 1)
-    return found.to(device)
+def _as_slice(positions: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    """Increasing positions as a slice where they are consecutive."""
+    if len(positions) and bool((positions.diff() == 1).all()):
+        return slice(int(positions[0]), int(positions[-1]) + 1)
+    return positions.to(device)
 
 
 @lru_cache(maxsize=128)
-def visits(static: str, n_queries: int, n_keys: int, block: int, device: torch.device) -> tuple[Visit, ...]:
-    """The visits for a static mask (JSON text, see `codegen.masks.static_key`), `block` queries each; queries that see no key are in none.
+def visits(static: str, n_queries: int, n_keys: int, plan: Plan, device: torch.device) -> tuple[Visit, ...]:
+    """The visits for a static mask (JSON text, see `codegen.masks.static_key`); queries that see no key are in none.
 
     Cached. Memory is one bool per pair visited, those of equal blocks shared (the inside of a window mask repeats itself).
     """
+    block = plan.block
     if static == "true":
         return tuple(Visit(slice(i, min(i + block, n_queries)), slice(0, n_keys), None) for i in range(0, n_queries, block) if n_keys)
     shared: dict[tuple[torch.Size, bytes], torch.Tensor] = {}
     found: list[Visit] = []
-    for first, seen in visible_rows(static, n_queries, n_keys, block):
+    order = query_order(static, n_queries, n_keys) if plan.ordered else None
+    for queries, seen in visible_rows(static, n_queries, n_keys, block, order):
         needed = seen.any(0)
         if not needed.any():
             continue
         part = seen[:, needed]
-        rows = slice(first, first + len(seen))
+        rows, columns = _as_slice(queries, device), _as_slice(needed.nonzero().flatten(), device)
         if part.all():
-            found.append(Visit(rows, _columns(needed, device), None))
+            found.append(Visit(rows, columns, None))
             continue
         key = part.shape, part.numpy().tobytes()
         if key not in shared:
             shared[key] = part.to(device)
-        found.append(Visit(rows, _columns(needed, device), shared[key]))
+        found.append(Visit(rows, columns, shared[key]))
     return tuple(found)

@@ -9,7 +9,8 @@ import torch
 
 from codegen.block_list import block_list
 from codegen.masks import split_mask, static_key
-from codegen.visits import best_block, visits
+from codegen.query_order import query_order
+from codegen.visits import Plan, best_plan, visits
 from rewrite.ir import NK, NQ, Attend, H, I, J, semantics, tensor
 
 CPU = torch.device("cpu")
@@ -44,21 +45,38 @@ def test_block_list(form: str) -> None:
 
 
 @pytest.mark.parametrize("form", MASKS)
-def test_visits_cover_every_pair_once(form: str) -> None:
+@pytest.mark.parametrize("ordered", [False, True])
+def test_visits_cover_every_pair_once(form: str, ordered: bool) -> None:
     attend, n_queries, n_keys = MASKS[form]
     covered = torch.zeros(n_queries, n_keys, dtype=torch.int64)
-    for visit in visits(static_key(attend.mask), n_queries, n_keys, 32, CPU):
-        count = visit.rows.stop - visit.rows.start
-        columns = visit.key_positions(CPU)
-        seen = torch.ones(count, len(columns), dtype=torch.bool) if visit.seen is None else visit.seen
-        covered[visit.rows.start : visit.rows.stop, columns] += seen
+    for visit in visits(static_key(attend.mask), n_queries, n_keys, Plan(32, ordered), CPU):
+        rows, columns = visit.query_positions(CPU), visit.key_positions(CPU)
+        seen = torch.ones(visit.n_queries, len(columns), dtype=torch.bool) if visit.seen is None else visit.seen
+        covered[rows[:, None], columns] += seen
     assert torch.equal(covered, dense(attend, n_queries, n_keys).long())
 
 
 def test_blocks_suit_the_mask() -> None:
     wide, narrow = forms.causal(), forms.neighbourhood_1d(4096, 33)
-    assert best_block(static_key(wide.mask), 2048, 2048) == 256
-    assert best_block(static_key(narrow.mask), 4096, 4096) <= 128
+    assert best_plan(static_key(wide.mask), 1024, 1024) == Plan(256)
+    assert best_plan(static_key(narrow.mask), 2048, 2048).block <= 128
+
+
+def pairs_visited(attend: Attend, n: int, plan: Plan) -> int:
+    key = static_key(attend.mask)
+    return sum(visit.n_queries * len(visit.key_positions(CPU)) for visit in visits(key, n, n, plan, CPU))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_the_order_of_queries_makes_tiles_of_a_grid(dilation: int) -> None:
+    """64 queries in a row of a 32-wide grid need whole rows of keys; a tile of 8 x 8 needs (8 + 6)^2 or, dilated, one residue class."""
+    attend = forms.neighbourhood_2d(32, 32, 7, dilation)
+    assert pairs_visited(attend, 1024, Plan(64, True)) < 0.8 * pairs_visited(attend, 1024, Plan(64, False))
+
+
+def test_a_sequence_keeps_its_order() -> None:
+    assert query_order(static_key(forms.causal().mask), 64, 64) is None
+    assert query_order(static_key(forms.neighbourhood_1d(64, 9).mask), 64, 64) is None
 
 
 def test_what_is_static() -> None:
