@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ class Call(Protocol):
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that a pass added."""
 
+    def graph(self) -> AbstractContextManager[None]:
+        """What a graph runs inside."""
+
 
 class NoCall:
     """For graphs that run outside `rewrite()`: no caches are noted and no parameters added."""
@@ -39,6 +43,9 @@ class NoCall:
 
     def parameter(self, name: str) -> torch.Tensor:
         raise RuntimeError(f"no parameter {name} outside a call")
+
+    def graph(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @dataclass
@@ -98,7 +105,8 @@ class CompiledGraph:
                 values.append(call.parameter(extra.name))
             else:
                 values.append(getattr(notes[extra.index][1], extra.kind))
-        results = variant.run(*values)
+        with call.graph():
+            results = variant.run(*values)
         produced = variant.graph.produced
         if not produced:
             return results

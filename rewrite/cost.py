@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -68,13 +68,18 @@ def attention_cost(sizes: Mapping[str, int], itemsize: int, materialised: bool) 
     return Cost(_S["B"] * _S["H"] * _S["pairs"] * (_S["D"] + _S["Dv"]), _S["itemsize"] * moved, tuple(sorted(pairs.items())))
 
 
-def site_cost(site: Site, itemsize: int, materialised: bool = False) -> Cost:
-    """The cost of a site's body, its sizes being those of the site."""
-    if len(site.body.operations) == 1:
-        cost = attention_cost(site.dims, itemsize, materialised)
-        pairs = codegen.visible_pairs(site.attend, site.dims["Nq"], site.dims["Nk"])
-        return Cost(cost.multiply_adds_formula, cost.bytes_formula, (*(e for e in cost.sizes if e[0] != "pairs"), ("pairs", pairs)))
-    return _body_cost(site, itemsize)
+def original_cost(site: Site, itemsize: int, materialised: bool) -> Cost:
+    """The cost of a site as the model computes it: every pair of query and key, whatever its mask hides (as torch counts it too)."""
+    return attention_cost(site.dims, itemsize, materialised)
+
+
+def rewritten_cost(site: Site, itemsize: int) -> Cost:
+    """The cost of a site's body as it is lowered: no map is written, and pairs that positions alone hide are not computed."""
+    if len(site.body.operations) > 1:
+        return _body_cost(site, itemsize)
+    cost = attention_cost(site.dims, itemsize, materialised=False)
+    pairs = codegen.visible_pairs(site.attend.mask, site.dims["Nq"], site.dims["Nk"])
+    return replace(cost, sizes=(*(entry for entry in cost.sizes if entry[0] != "pairs"), ("pairs", pairs)))
 
 
 def _body_cost(site: Site, itemsize: int) -> Cost:
@@ -90,7 +95,7 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
             case Attend():
                 n_queries, n_keys = tokens[operation.query], tokens[operation.key]
                 tokens[operation.result] = n_queries
-                pairs = codegen.visible_pairs(operation, n_queries, n_keys)
+                pairs = codegen.visible_pairs(operation.mask, n_queries, n_keys)
                 multiply_adds += _S["B"] * _S["H"] * pairs * (_S["D"] + _S["Dv"])
                 moved += _S["B"] * _S["H"] * (n_queries + n_keys) * (_S["D"] + _S["Dv"])
             case DepthwiseConv():
@@ -108,6 +113,22 @@ def node_itemsize(node: fx.Node) -> int:
     value = value_of(node)
     return value.element_size() if isinstance(value, torch.Tensor) else 0
 
+
+def _count_fused_attention_on_cpu() -> None:
+    """torch's FLOP counter has formulas for every fused attention but the CPU's; give it those, as for the others."""
+    from torch.utils import flop_counter
+
+    aten = torch.ops.aten
+    pairs = (
+        (aten._scaled_dot_product_flash_attention_for_cpu, flop_counter.sdpa_flop),
+        (aten._scaled_dot_product_flash_attention_for_cpu_backward, flop_counter.sdpa_backward_flop),
+    )
+    for operator, formula in pairs:
+        if operator not in flop_counter.flop_registry:
+            flop_counter.flop_registry[operator] = formula
+
+
+_count_fused_attention_on_cpu()
 
 Shapes = Mapping[fx.Node, Mapping[int, int]]
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from rewrite.cost import Cost, GraphCost, node_itemsize, site_cost
+from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritten_cost
 from rewrite.engine import Record
 from rewrite.ir.program import Exit
 from rewrite.ir.site import Site
@@ -183,11 +183,11 @@ def site_costs(entry: Found, site: Site, record: Record) -> tuple[Cost, Cost]:
     """A site's cost as the model has it and as the passes left it; tokens that left the stack count in neither queries nor keys."""
     itemsize = node_itemsize(entry.region.output)
     materialised = canonical(entry.region.core) == "softmax"
-    before = site_cost(entry.site, itemsize, materialised)
+    before = original_cost(entry.site, itemsize, materialised)
     gone = sum(record.gone[exit_.stack] for exit_ in record.program.exits if _leaves_before(exit_, site, record))
     dims = {**site.dims, "Nq": site.dims["Nq"] - gone, "Nk": site.dims["Nk"] - gone}
-    after = site_cost(dataclasses.replace(site, dims=dims), itemsize, materialised and site.name not in record.lowered)
-    return before, after
+    left = dataclasses.replace(site, dims=dims)
+    return before, rewritten_cost(left, itemsize) if site.name in record.lowered else original_cost(left, itemsize, materialised)
 
 
 def _leaves_before(exit_: Exit, site: Site, record: Record) -> bool:

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _python_dispatch
+from torch.utils.module_tracker import ModuleTracker
 
 import codegen
 from rewrite.compiled import Call, CompiledGraph, InnerBackend, NoCall
 from rewrite.engine import Record, Rewriter
-from rewrite.ir.errors import NoAttentionError, NotApplicableError, RewriteError
+from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
 from rewrite.ir.operations import Parameter
 from rewrite.ir.passes import Pass
 from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
@@ -52,6 +54,8 @@ class RunningCall:
     session: Session
     behind: dict[int, tuple[torch.Tensor, Note]] = field(default_factory=dict)
     produced: list[tuple[torch.Tensor, Note]] = field(default_factory=list)
+    modes: list[Any] = field(default_factory=list)
+    graphs: int = 0
 
     def noted(self, value: torch.Tensor) -> tuple[torch.Tensor, Note] | None:
         return self.behind.get(storage_of(value)) if self.behind else None
@@ -61,6 +65,16 @@ class RunningCall:
 
     def parameter(self, name: str) -> torch.Tensor:
         return self.session.parameter(name)
+
+    @contextlib.contextmanager
+    def graph(self) -> Iterator[None]:
+        """Around the execution of one graph: the dispatch modes (a FLOP counter, say) that were set aside see what it does."""
+        self.graphs += 1
+        with contextlib.ExitStack() as stack:
+            for mode in self.modes:
+                _python_dispatch._push_mode(mode)
+                stack.callback(_python_dispatch._pop_mode, getattr(mode, "_mode_key", None))
+            yield
 
 
 def running() -> Call:
@@ -84,6 +98,7 @@ class Session:
     proofs: dict[str, str | None] = field(default_factory=dict)
     added: dict[str, Parameter] = field(default_factory=dict)
     failure: RewriteError | None = None
+    runner: Runner | None = None
     _pending: dict[str, nn.Parameter] = field(default_factory=dict)
     _recording: bool = False
 
@@ -143,14 +158,16 @@ class Session:
     def _capture(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Run the model rewritten, once; with other capture settings where Dynamo cannot trace it with ours."""
         try:
-            Runner(self, self.root, "").run(_copied(arguments), _copied(keywords))
+            self.runner = Runner(self, self.root, "")
+            self.runner.run(_copied(arguments), _copied(keywords))
         except torch._dynamo.exc.TorchDynamoException as error:
             if not self.settings:
                 raise
             told = str(error).strip().splitlines()[0]
             self.settings = {}
             self.report = Report(self.report.passes, notes=[f"captured without capture_scalar_outputs, which failed: {told}"])
-            Runner(self, self.root, "").run(_copied(arguments), _copied(keywords))
+            self.runner = Runner(self, self.root, "")
+            self.runner.run(_copied(arguments), _copied(keywords))
 
     def record(self, record: Record) -> None:
         """Take in what happened to one graph."""
@@ -191,7 +208,7 @@ class Session:
         self.root.__dict__["rewrite_report"] = self.report
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"proofs": {}, "failure": None, "_pending": {}, "_recording": False}
+        fresh = {"proofs": {}, "failure": None, "runner": None, "_pending": {}, "_recording": False}
         return {**self.__dict__, **fresh}
 
 
@@ -226,7 +243,8 @@ class Runner:
         replaced = list(_put_stand_ins(session.notes, call, (arguments, keywords)))
         ACTIVE.call = call
         try:
-            with torch._dynamo.config.patch({**session.settings, **_LIMITS}):
+            with torch._dynamo.config.patch({**session.settings, **_LIMITS}), _observers_aside() as modes:
+                call.modes = modes
                 result = self.compiled(*arguments, **keywords)
         except torch._dynamo.exc.BackendCompilerFailed:
             failure, session.failure = session.failure, None
@@ -237,6 +255,11 @@ class Runner:
             ACTIVE.call = None
             for slot, put in replaced:
                 _take_back(slot, put)
+        if not call.graphs:
+            raise ModelCallError(
+                "nothing of this call went through the compiler: torch.compile is switched off here (TORCH_COMPILE_DISABLE, "
+                "TORCHDYNAMO_DISABLE or torch.compiler.set_stance), so the model ran as it was; switch it on, or call the original model"
+            )
         if call.produced:
             session.notes.write((arguments, keywords, result), call.produced)
         return result
@@ -266,7 +289,9 @@ class Entry:
             self.session.register_parameters()
             self.session.install()
         if self.runner is None:
-            self.runner = Runner(self.session, self.module, self.prefix)
+            # What the analysis compiled is what runs.
+            captured = self.session.runner if self.prefix == "" else None
+            self.runner = captured or Runner(self.session, self.module, self.prefix)
         return self.runner.run(arguments, keywords)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -275,6 +300,28 @@ class Entry:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.install()
+
+
+@contextlib.contextmanager
+def _observers_aside() -> Iterator[list[Any]]:
+    """Dispatch modes and torch's own module tracker, taken off while Dynamo traces; the modes go back on when a graph runs.
+
+    Dynamo leaves every frame alone while a dispatch mode is on, and breaks its graphs at each module while a tracker hooks them: under a
+    FLOP counter the model would silently run as it was.
+    """
+    trackers: list[tuple[dict[int, Any], dict[int, Any]]] = []
+    for hooks in (nn.modules.module._global_forward_pre_hooks, nn.modules.module._global_forward_hooks):
+        trackers.append((hooks, dict(hooks)))
+        for key, hook in list(hooks.items()):
+            if isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                del hooks[key]
+    try:
+        with _python_dispatch._disable_current_modes() as modes:
+            yield list(modes)
+    finally:
+        for hooks, saved in trackers:
+            hooks.clear()
+            hooks.update(saved)
 
 
 def session_of(model: nn.Module) -> Session | None:

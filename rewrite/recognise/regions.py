@@ -15,7 +15,7 @@ from rewrite.ir.expression import INDICES, QK, I, J, tensor
 from rewrite.recognise.index_algebra import Axes, Axis, MismatchError, back_through, fresh, leaves, origin, regroup, resolve, size, unify
 from rewrite.recognise.operators import argument, canonical, hinted_shape, module_path, spelled, value_of
 from rewrite.recognise.region import NearMissError, Operand, Region, layout_of, reduced_layout
-from rewrite.recognise.score import Contraction, ScoreReader, contract, find_contraction, number
+from rewrite.recognise.score import ScoreReader, contract, find_contraction, number
 
 # What may stand between the map and its contraction with the values.
 _AFTER_MAP = frozenset({"dropout", "cast", "contiguous", "clone", "reshape", "transpose", "permute", "flatten", "unflatten", "expand"})
@@ -92,14 +92,12 @@ def _fused(node: fx.Node) -> Region:
             score += sympy.Symbol("t0")
     if argument(node, "is_causal", False):
         mask = sympy.And(mask, J <= I)
-    contraction = Contraction(
-        node, query, (*leading(shapes[0]), rows, inner), key, (*leading(shapes[1]), inner, columns), (*lead, rows, columns)
-    )
+    query_axes = (*leading(shapes[0]), rows, inner)
     key_axes = (*leading(shapes[1]), columns, inner)
     return _assemble(
         core=node,
         output=node,
-        query=(query, contraction.left_axes),
+        query=(query, query_axes),
         key=(key, key_axes),
         value=(value, (*leading(shapes[2]), columns, width)),
         families=(lead, rows, columns, inner, width),
@@ -180,8 +178,7 @@ def _spelt_out(softmax: fx.Node, product: fx.Node, weights: fx.Node) -> Region:
         atom for axis in resolve(second.out) for atom in axis if atom in value_set and atom not in map_atoms and atom not in contracted
     )
     rows = tuple(atom for atom in map_atoms if atom in query_set and atom not in key_set and atom not in value_set)
-    lead_axes = tuple(axis for axis in (tuple(a for a in axis if a not in columns and a not in rows) for axis in resolve(axes)) if axis)
-    lead = _batch_and_heads(lead_axes, len(shape) - 2)
+    lead = _batch_and_heads(contraction.lead, _leading(axes, rows, normalised))
     chain = _chain(softmax, weights)
     readers = tuple(user.name for node in chain for user in node.users if user is not product and user not in chain)
     region = _assemble(
@@ -234,13 +231,24 @@ def _unify_map(softmax: fx.Node, axes: Axes, weights: fx.Node, weights_axes: Axe
     return dropout
 
 
-def _batch_and_heads(lead: Axes, rank: int) -> Axes:
-    """The map's leading axes as (batch..., heads): with one axis only, what it was merged from decides, else it is the batch."""
-    if rank >= 2 or not lead:
+def _leading(axes: Axes, rows: Axis, normalised: Axis) -> Axes:
+    """The map's axes at the softmax without those of queries and keys (a single query has no index of its own: it stands before the keys)."""
+    left = [axis for axis in axes if axis is not normalised]
+    places = [place for place, axis in enumerate(left) if set(rows) & set(leaves(axis))]
+    del left[places[0] if places else -1]
+    return tuple(left)
+
+
+def _batch_and_heads(contracted: Axes, at_softmax: Axes) -> Axes:
+    """The map's leading axes as (batch..., heads), from wherever they stand apart: at the contraction, or at the softmax.
+
+    Where batch and heads are merged in both, what they were merged from decides; a single index is the batch.
+    """
+    lead = at_softmax if len(at_softmax) > len(contracted) else contracted
+    if len(lead) != 1:
         return lead
-    (merged,) = lead[:1]
-    atoms = leaves(merged)
-    return (atoms[:1], atoms[1:]) if len(atoms) > 1 else (atoms, ())
+    atoms = leaves(lead[0])
+    return (atoms[:1], atoms[1:])
 
 
 def _through_scale(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes, sympy.Expr]:

@@ -24,7 +24,10 @@ _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "masked_fill", "where"})
 
 @dataclass
 class Contraction:
-    """sum over d of left[..., i, d] * right[..., d, j]: the operands with their axes, and the axes of the result."""
+    """sum over d of left[..., i, d] * right[..., d, j]: the operands with their axes, and the axes of the result.
+
+    lead: the axes that both operands and the result share (batch, heads), in the result's order.
+    """
 
     node: fx.Node
     left: fx.Node
@@ -32,6 +35,7 @@ class Contraction:
     right: fx.Node
     right_axes: Axes
     out: Axes
+    lead: Axes
     scale: sympy.Expr = sympy.Integer(1)
     added: tuple[fx.Node, Axes, sympy.Expr] | None = None
 
@@ -107,7 +111,7 @@ def contract(node: fx.Node) -> Contraction:
     out = (*lead, rows, columns)
     if isinstance(bias, fx.Node) and beta != 0:
         added = (bias, _broadcast(out[len(out) - len(hinted_shape(bias)) :], hinted_shape(bias)), beta)
-    return Contraction(node, left, left_axes, right, right_axes, out, scale, added)
+    return Contraction(node, left, left_axes, right, right_axes, out, lead, scale, added)
 
 
 def _broadcast(axes: Axes, shape: tuple[int, ...]) -> Axes:
@@ -138,7 +142,8 @@ def _contract_einsum(node: fx.Node) -> Contraction:
     left, right = operands
     assert isinstance(left, fx.Node)
     assert isinstance(right, fx.Node)
-    return Contraction(node, left, axes[0], right, axes[1], tuple(atoms[letter] for letter in result))
+    shared = tuple(atoms[letter] for letter in result if all(letter in letters for letter in names))
+    return Contraction(node, left, axes[0], right, axes[1], tuple(atoms[letter] for letter in result), shared)
 
 
 class ScoreReader:

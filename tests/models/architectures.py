@@ -115,21 +115,40 @@ def clip_text_inputs() -> dict[str, torch.Tensor]:
 
 
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+# Real widths, heads and image sizes everywhere; one model of each library in full depth, the others cut to what a CPU run affords.
+CUT = 3
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("timm-deit-s-224", timm_model("deit_small_patch16_224"), images(224, name="x"), 12, 6, (14, 14), 1),
-    Architecture("timm-deit-s-384", timm_model("deit_small_patch16_224", img_size=384), images(384, 1, "x"), 12, 6, (24, 24), 1),
-    Architecture("timm-vit-b-224", timm_model("vit_base_patch16_224"), images(224, name="x"), 12, 12, (14, 14), 1),
-    Architecture("timm-vit-b-384", timm_model("vit_base_patch16_384"), images(384, 1, "x"), 12, 12, (24, 24), 1),
+    Architecture("timm-deit-s-384", timm_model("deit_small_patch16_224", img_size=384, depth=CUT), images(384, 1, "x"), CUT, 6, (24, 24), 1),
+    Architecture("timm-vit-b-224", timm_model("vit_base_patch16_224", depth=CUT), images(224, name="x"), CUT, 12, (14, 14), 1),
+    Architecture("timm-vit-b-384", timm_model("vit_base_patch16_384", depth=CUT), images(384, 1, "x"), CUT, 12, (24, 24), 1),
     Architecture("deit-s-224", transformers_model("DeiTModel", "DeiTConfig", **SMALL), images(224), 12, 6, (14, 14), 2),
-    Architecture("deit-s-384", transformers_model("DeiTModel", "DeiTConfig", image_size=384, **SMALL), images(384, 1), 12, 6, (24, 24), 2),
-    Architecture("vit-b-224", transformers_model("ViTForImageClassification", "ViTConfig"), images(224), 12, 12, (14, 14), 1),
-    Architecture("vit-b-384", transformers_model("ViTForImageClassification", "ViTConfig", image_size=384), images(384, 1), 12, 12, (24, 24), 1),
-    Architecture("clip-vision-224", transformers_model("CLIPVisionModel", "CLIPVisionConfig", patch_size=16), images(224), 12, 12, (14, 14), 1),
     Architecture(
-        "clip-text", transformers_model("CLIPTextModel", "CLIPTextConfig", vocab_size=320, bos_token_id=1, eos_token_id=2, pad_token_id=0),
-        clip_text_inputs, 12, 8, causal_sites=12,
+        "deit-s-384", transformers_model("DeiTModel", "DeiTConfig", image_size=384, num_hidden_layers=CUT, **SMALL),
+        images(384, 1), CUT, 6, (24, 24), 2,
     ),
-    Architecture("dinov2-s-224", transformers_model("Dinov2Model", "Dinov2Config", hidden_size=384, num_attention_heads=6), images(224), 12, 6, (16, 16), 1),
+    Architecture(
+        "vit-b-224", transformers_model("ViTForImageClassification", "ViTConfig", num_hidden_layers=CUT), images(224), CUT, 12, (14, 14), 1
+    ),
+    Architecture(
+        "vit-b-384", transformers_model("ViTForImageClassification", "ViTConfig", image_size=384, num_hidden_layers=CUT),
+        images(384, 1), CUT, 12, (24, 24), 1,
+    ),
+    Architecture(
+        "clip-vision-224", transformers_model("CLIPVisionModel", "CLIPVisionConfig", patch_size=16, num_hidden_layers=CUT),
+        images(224), CUT, 12, (14, 14), 1,
+    ),
+    Architecture(
+        "clip-text",
+        transformers_model(
+            "CLIPTextModel", "CLIPTextConfig", vocab_size=320, bos_token_id=1, eos_token_id=2, pad_token_id=0, num_hidden_layers=CUT
+        ),
+        clip_text_inputs, CUT, 8, causal_sites=CUT,
+    ),
+    Architecture(
+        "dinov2-s-224", transformers_model("Dinov2Model", "Dinov2Config", hidden_size=384, num_attention_heads=6, num_hidden_layers=CUT),
+        images(224), CUT, 6, (16, 16), 1,
+    ),
     Architecture("llava", llava, llava_inputs, 7, 4, (4, 4), 1, causal_sites=4, visual=True),
 )  # fmt: skip
 
@@ -148,3 +167,11 @@ def outputs(result: Any) -> list[torch.Tensor]:
 def call(model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     with torch.no_grad():
         return outputs(model(**inputs))
+
+
+def rewritten(model: nn.Module, passes: Any, inputs: dict[str, torch.Tensor], **options: Any) -> nn.Module:
+    """The model rewritten for inference: captured without gradients, as it is then called."""
+    from rewrite import rewrite
+
+    with torch.no_grad():
+        return rewrite(model, passes, example_inputs=inputs, **options)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rewrite import available_passes, explain, rewrite
-from tests.models.architectures import ARCHITECTURES, IMPLEMENTATIONS, Architecture, call
+from rewrite import available_passes, explain
+from tests.models.architectures import ARCHITECTURES, IMPLEMENTATIONS, Architecture, call, rewritten
 
 IDENTITIES = [cls.identity() for cls in available_passes() if cls.identity() is not None]
 
@@ -19,8 +19,8 @@ def test_identity_changes_nothing(architecture: Architecture, implementation: st
     again = call(model, inputs)
     # What float32 can do to the model's own output is the scale: one unit in the last place per layer and a few per accumulated sum.
     for one in IDENTITIES:
-        rewritten = rewrite(model, [one], example_inputs=inputs)
-        for expected, repeated, actual in zip(before, again, call(rewritten, inputs), strict=True):
+        changed = rewritten(model, [one], inputs)
+        for expected, repeated, actual in zip(before, again, call(changed, inputs), strict=True):
             assert torch.equal(expected, repeated)
             budget = 64 * architecture.sites * torch.finfo(torch.float32).eps * expected.abs().max()
             assert (actual - expected).abs().max() <= budget, str(one)

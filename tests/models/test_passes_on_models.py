@@ -7,7 +7,7 @@ import torch
 
 from rewrite import Pass, explain, parse_pass, rewrite
 from rewrite.session import Runner, Session
-from tests.models.architectures import BY_NAME, IMPLEMENTATIONS, call, outputs
+from tests.models.architectures import BY_NAME, IMPLEMENTATIONS, call, outputs, rewritten
 from tests.models.oracles import attention_replaced_by, by_reference
 
 VISION = ("timm-deit-s-224", "timm-deit-s-384", "timm-vit-b-224", "deit-s-224", "clip-vision-224", "dinov2-s-224")
@@ -43,9 +43,9 @@ def test_pass_equals_its_reference(name: str, text: str, implementation: str) ->
         sites = recognised_sites(fused, inputs)
         with attention_replaced_by(by_reference(one, sites)):
             expected = outputs(fused(**inputs))
-    rewritten = rewrite(architecture.build(implementation), [text], example_inputs=inputs)
-    assert rewritten.rewrite_report.counts()["rewritten"] == architecture.sites
-    actual = call(rewritten, inputs)
+    changed = rewritten(architecture.build(implementation), [text], inputs)
+    assert changed.rewrite_report.counts()["rewritten"] == architecture.sites
+    actual = call(changed, inputs)
     agrees(actual, expected, architecture.sites)
     plain = call(fused, inputs)
     assert any((got - was).abs().max() > 1e-3 * was.abs().max() for got, was in zip(actual, plain, strict=True))
@@ -54,7 +54,7 @@ def test_pass_equals_its_reference(name: str, text: str, implementation: str) ->
 def test_agent_with_learnable_parameters_starts_where_it_is_without() -> None:
     architecture = BY_NAME["timm-deit-s-224"]
     model, inputs = architecture.build("sdpa"), architecture.inputs()
-    without = call(rewrite(model, ["agent"], example_inputs=inputs), inputs)
+    without = call(rewritten(model, ["agent"], inputs), inputs)
     learnable = rewrite(model, ["agent(learnable=True)"], example_inputs=inputs)
     agrees(call(learnable, inputs), without, architecture.sites)
     added = [name for name in learnable.state_dict() if name not in model.state_dict()]
@@ -73,11 +73,11 @@ def test_gradients_in_training(implementation: str) -> None:
     """Identity in training mode: every gradient of the model is what it was."""
     architecture = BY_NAME["deit-s-224"]
     model, inputs = architecture.build(implementation).train(), architecture.inputs()
-    rewritten = rewrite(model, ["neighborhood(window='all')"], example_inputs=inputs)
-    for one in (model, rewritten):
+    changed = rewrite(model, ["neighborhood(window='all')"], example_inputs=inputs)
+    for one in (model, changed):
         one(**inputs).last_hidden_state.square().mean().backward()
     theirs = dict(model.named_parameters())
-    for name, parameter in rewritten.named_parameters():
+    for name, parameter in changed.named_parameters():
         if theirs[name].grad is None:
             assert parameter.grad is None
             continue
@@ -90,12 +90,12 @@ def test_gradients_of_a_pass_equal_those_of_its_reference(text: str) -> None:
     architecture = BY_NAME["timm-deit-s-224"]
     model, inputs = architecture.build("sdpa").train(), architecture.inputs()
     sites = recognised_sites(model, inputs)
-    rewritten = rewrite(model, [text], example_inputs=inputs)
+    changed = rewrite(model, [text], example_inputs=inputs)
     with attention_replaced_by(by_reference(parse_pass(text), sites)):
         model(**inputs).square().mean().backward()
-    rewritten(**inputs).square().mean().backward()
+    changed(**inputs).square().mean().backward()
     theirs = dict(model.named_parameters())
-    for name, parameter in rewritten.named_parameters():
+    for name, parameter in changed.named_parameters():
         scale = theirs[name].grad.abs().max()
         assert (parameter.grad - theirs[name].grad).abs().max() <= 2e4 * torch.finfo(torch.float32).eps * scale, name
 
