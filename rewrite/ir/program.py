@@ -37,9 +37,11 @@ class Program:
         return replace(self, sites=sites, touched=(*self.touched, (site.name, by)))
 
     def with_exit(self, exit_: Exit, sites: tuple[Site, ...]) -> Program:
-        """This program with one more exit, which changes the given sites."""
+        """This program with one more exit, which changes the given sites: they have no visual tokens any more."""
         touched = tuple((site.name, exit_.by) for site in sites)
-        return replace(self, exits=(*self.exits, exit_), touched=self.touched + touched)
+        names = {site.name for site in sites}
+        left = tuple(replace(site, layout=replace(site.layout, visual=False)) if site.name in names else site for site in self.sites)
+        return replace(self, sites=left, exits=(*self.exits, exit_), touched=self.touched + touched)
 
     def with_declined(self, site: Site, by: str, reason: str) -> Program:
         """This program, noting why a pass left a site alone."""

@@ -233,7 +233,10 @@ TEXT, VISUAL, VISUAL_SINK, TEXT_SINK = range(4)
 def sink_groups(
     operation: SinkGroups, values: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The operation's three results; `cached` [B, earlier] holds the groups that tokens of a KV cache were given."""
+    """The operation's three results; `cached` [B, earlier] holds the groups that tokens of a KV cache were given.
+
+    Sinks are those of the prompt (Kang et al. reuse the prefill's in decoding): tokens that come behind a cache without an image are text.
+    """
     hidden, visual = values[operation.hidden], values[operation.visual]
     rms = hidden.float() * torch.rsqrt(hidden.float().pow(2).mean(-1, keepdim=True) + operation.epsilon)
     chosen = rms[..., list(operation.dims)] if operation.dims else rms
@@ -241,6 +244,7 @@ def sink_groups(
     codes = torch.where(visual, torch.where(sink, VISUAL_SINK, VISUAL), torch.where(sink, TEXT_SINK, TEXT)).to(torch.int32)
     new = codes.shape[1]
     if cached is not None:
+        codes = codes * visual.any(1, keepdim=True)
         codes = torch.cat([cached.expand(codes.shape[0], -1), codes], dim=1)
     is_visual = (codes == VISUAL) | (codes == VISUAL_SINK)
     place = torch.arange(codes.shape[1], device=codes.device)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from rewrite.ir.operations import Attend, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Sum
 from rewrite.ir.site import Site
@@ -25,13 +27,14 @@ class Lowered:
 
 
 def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, fx.Node]) -> Lowered:
-    """Replace the region's output by the site's body.
+    """Replace the region's output by the site's body; every new node gets the value it would have been traced with.
 
     given: nodes for operands that are not the region's own ("hidden", "visual", "cached_groups") and for added parameters, by IR name.
     The nodes that the region no longer needs are left to dead-code elimination.
     """
     values: dict[str, fx.Node] = dict(given)
     dtype = _tensor(region.output).dtype
+    old = set(graph.nodes)
     with graph.inserting_before(region.output):
         for name, operand in region.operands().items():
             node = operand.node
@@ -48,9 +51,26 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
             result = graph.call_method("permute", (result, region.output_order))
         if region.output_shape is not None:
             result = graph.call_method("reshape", (result, region.output_shape))
+    for node in graph.nodes:
+        if node not in old:
+            node.meta.setdefault("nn_module_stack", region.output.meta.get("nn_module_stack"))
+            _trace(node)
     result.meta["example_value"] = value_of(region.output)
     region.output.replace_all_uses_with(result)
     return Lowered(values)
+
+
+def _trace(node: fx.Node) -> None:
+    """Give a node the value that its inputs' traced values make, where they all have one."""
+    if any(value_of(source) is None for source in node.all_input_nodes):
+        return
+    arguments, keywords = fx.map_arg(node.args, value_of), fx.map_arg(dict(node.kwargs), value_of)
+    fake = next((value.fake_mode for value in map(value_of, node.all_input_nodes) if isinstance(value, FakeTensor)), nullcontext())
+    with torch.no_grad(), fake:
+        if node.op == "call_method":
+            node.meta["example_value"] = getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
+        elif callable(node.target):
+            node.meta["example_value"] = node.target(*arguments, **keywords)
 
 
 def _tensor(node: fx.Node) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx
 
+from rewrite.ir.operations import Attend
 from rewrite.tokens import rules
 from rewrite.tokens.placement import example, first_tensor, is_tensor, shape_of
 
@@ -185,6 +186,20 @@ def _attention(node: fx.Node) -> Flow:
     return Flow(tuple(found), (*batch, "n", "e"), contracted=frozenset({"m"}), normalised=frozenset({"m"}), reduced=frozenset({"d"}))
 
 
+def _attend(node: fx.Node) -> Flow:
+    """The IR's attention, as a pass left it: its positions are those of the tokens that are there.
+
+    query[b, h, n, d] key[b, g, m, d] value[b, g, m, e] tensors[of b h n m] -> [b, h, n, e]
+    """
+    query, key, value, tensors, text = node.args
+    labels: list[tuple[Path, Any, str]] = [(("args", 0), query, "bhnd"), (("args", 1), key, "bgmd"), (("args", 2), value, "bgme")]
+    axes = Attend.from_json(str(text)).tensors().values()
+    for place, (operand, letters) in enumerate(zip(tensors, axes, strict=True)):  # type: ignore[arg-type]
+        labels.append((("args", 3, place), operand, letters.translate(str.maketrans("ij", "nm"))))
+    found = tuple(Operand(path, operand, tuple(letters)) for path, operand, letters in labels)
+    return Flow(found, tuple("bhne"), contracted=frozenset("m"), normalised=frozenset("m"), reduced=frozenset("d"))
+
+
 def _einsum(node: fx.Node) -> Flow | None:
     """The labels are the letters; an ellipsis stands for broadcast axes, numbered from the right."""
     equation = node.args[0]
@@ -227,6 +242,7 @@ _PRODUCTS: dict[str, Callable[[fx.Node], Flow | None]] = {
     "baddbmm": _matmul,
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
+    "attend": _attend,
     "embedding": _embedding,
     "one_hot": _embedding,
 }
