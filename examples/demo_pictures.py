@@ -21,20 +21,20 @@ def draw_token_exit(photo: np.ndarray, kept: Sequence[int], grid: int, path: Pat
     """The photograph once per layer of the language model, with the grid of the visual tokens that the layer works on."""
     columns = min(4, len(kept))
     rows = math.ceil(len(kept) / columns)
-    figure = Figure(figsize=(3 * columns, 3.3 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(3 * columns, 3.3 * rows + 0.4), layout="constrained")
     figure.suptitle("token_exit: the visual tokens that each layer of the language model works on", fontsize=13)
     for layer, (axes, count) in enumerate(zip(np.ravel(figure.subplots(rows, columns)), kept, strict=False)):
         _photograph(axes, photo if count else _faded(photo))
         if count:
             _grid_lines(axes, photo, grid)
         axes.set_title(f"layer {layer}: {count} visual tokens", fontsize=11, color="black" if count else "#a03020")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
 
 
 def draw_patches(photo: np.ndarray, grid: int, window: int, agents: int, path: Path) -> Path:
     """What one patch attends to with `neighborhood`, inside and at a corner, and what each agent is pooled from with `agent`."""
-    figure = Figure(figsize=(13.5, 4.9), layout="constrained")
+    figure = Figure(figsize=(13.5, 5.1), layout="constrained")
     inside, corner, pooled = figure.subplots(1, 3)
     for axes, query in ((inside, (grid // 2 - 1, grid // 2)), (corner, (0, grid - 2))):
         _draw_window(axes, photo, grid, window, query)
@@ -53,7 +53,7 @@ def draw_patches(photo: np.ndarray, grid: int, window: int, agents: int, path: P
             pooled.add_patch(_box(corner, extent, YELLOW if (row + column) % 2 else BLUE, 2))
     overlap = "neighbours share patches" if grid % side else "no patch is in two"
     pooled.set_title(f"agent: {agents} agents, each the mean of the queries\nof the patches it outlines ({overlap})", fontsize=12)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
 
 
@@ -77,7 +77,7 @@ def draw_costs(shown: Sequence[tuple[str, tuple[int, int], tuple[int, int]]], pa
     axes.set_xlabel("multiply-adds of one forward pass (billions)")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
 
 
@@ -105,8 +105,10 @@ def _box(corner: tuple[float, float], extent: tuple[float, float], color: str, l
 
 
 def _photograph(axes: Axes, photo: np.ndarray) -> None:
+    """The photograph without axes; set_axis_off() would leave titles out of the layout."""
     axes.imshow(photo)
-    axes.set_axis_off()
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def _faded(photo: np.ndarray) -> np.ndarray:
