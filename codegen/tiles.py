@@ -1,14 +1,16 @@
 """Tile sizes by head dim: how many queries and keys a program works on at once.
 
-The rows are by the bytes of one key row, since shared memory holds whole rows: 128 bytes is head dim 64 in bfloat16 or 32 in float32.
-Three limits shape them. A query tile's accumulator (fp32) and the score tile must fit the registers
-without spilling, 255 per thread. Keys and values in flight must fit 99 KiB of shared memory, what sm_86 and sm_89 give a block (sm_80
-gives 163, sm_90 227). And within both, the more queries per tile, the fewer times keys and values are read.
+Three limits shape the rows. A query tile's accumulator (float32) and the score tile must fit the registers, 255 per thread, without
+spilling. Keys and values in flight must fit 99 KiB of shared memory, what sm_86 and sm_89 give a block (sm_80 gives 163, sm_90 227).
+And within both, the more queries per tile, the fewer times keys and values are read. What each row uses was read off the kernels
+compiled for sm_80, sm_90 and sm_100; `tests/codegen/test_compilation.py` compiles them again.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from rewrite.ir.errors import RewriteError
 
 
 class Tile(NamedTuple):
@@ -20,13 +22,23 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Bytes per key row (rounded up to a power of two) -> tile.
-_TILES: dict[int, Tile] = {
-    128: Tile(128, 64, 8, 3),  # eight warps: with four, a neighbourhood mask spills
-    256: Tile(128, 32, 8, 3),  # 64 keys spill on sm_80
-    512: Tile(64, 32, 4, 2),
-    1024: Tile(32, 16, 4, 2),  # float32 at head dim 256, without tensor cores
+# Head width (rounded up to a power of two) -> tile, for float16 and bfloat16.
+_HALF: dict[int, Tile] = {
+    64: Tile(128, 64, 8, 3),  # eight warps: with four, a neighbourhood mask spills
+    128: Tile(128, 32, 8, 3),  # 64 keys spill on sm_80
+    256: Tile(64, 32, 8, 2),  # 128 queries spill on sm_80
 }
+
+# The same for float32, which is multiplied without tensor cores unless TF32 was allowed: every product takes registers of its own.
+_SINGLE: dict[int, Tile] = {
+    64: Tile(64, 32, 8, 2),
+    128: Tile(32, 32, 8, 2),
+    256: Tile(16, 16, 8, 2),
+}
+
+# A tile of few queries has too little work for eight warps: on tensor cores a warp takes 16 of them.
+FEW_QUERIES = 32
+WARPS_FOR_FEW_QUERIES = 4
 
 # tl.dot wants at least 16 in every direction.
 SMALLEST_BLOCK = 16
@@ -42,6 +54,12 @@ def tile_for(head_dim: int, value_dim: int, element_size: int, n_queries: int | 
 
     n_queries: where there are fewer queries than the tile is high (decoding), it is lowered to the next power of two.
     """
-    width = max(128, power_of_two(max(head_dim, value_dim)) * element_size)
-    tile = _TILES[min(width, max(_TILES))]
-    return tile if n_queries is None else tile._replace(block_q=min(tile.block_q, power_of_two(n_queries)))
+    table = _HALF if element_size == 2 else _SINGLE
+    width = max(min(table), power_of_two(max(head_dim, value_dim)))
+    if width not in table:
+        raise RewriteError(f"no tile for head dim {head_dim} and value dim {value_dim}: attention kernels go up to {max(table)}")
+    tile = table[width]
+    if n_queries is None or power_of_two(n_queries) >= tile.block_q:
+        return tile
+    block_q = power_of_two(n_queries)
+    return tile._replace(block_q=block_q, warps=WARPS_FOR_FEW_QUERIES if block_q <= FEW_QUERIES else tile.warps)

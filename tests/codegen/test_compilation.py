@@ -29,6 +29,15 @@ def test_nothing_spills(form: str, head_dim: int, target: str) -> None:
     assert compiled.cubin[:4] == b"\x7fELF"
 
 
+def test_wide_heads_do_not_spill() -> None:
+    assert emit(forms.plain()).compile("sm_80", torch.bfloat16, 256).spills == 0
+
+
+def test_heads_too_wide_are_refused() -> None:
+    with pytest.raises(RewriteError, match="up to 256"):
+        emit(forms.plain()).compile(head_dim=320)
+
+
 @pytest.mark.parametrize("form", [forms.biased("bhij"), forms.masked("bij"), forms.softcap()])
 def test_tensors_and_caps_compile(form: Attend) -> None:
     compiled = emit(form).compile("sm_90", torch.float16, 80, value_dim=96)
