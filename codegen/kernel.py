@@ -11,7 +11,7 @@ import torch
 
 from codegen.cache import load, store
 from codegen.compilation import CompiledKernel, compile_kernel
-from codegen.streaming import kernel_name, streaming_source
+from codegen.emitted_file import kernel_name, streaming_source
 from rewrite.ir.operations import Attend
 
 

@@ -13,32 +13,19 @@ weights), four for sink redistribution, and its accumulators do not fit the regi
 from __future__ import annotations
 
 import math
-import textwrap
 from dataclasses import dataclass
 from functools import cached_property
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from codegen.masks import split_mask, static_key
+from codegen.masks import split_mask
 from codegen.names import identifiers
 from codegen.triton_printer import triton_text
-from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import QK, conjuncts, tensors_in
 from rewrite.ir.operations import Attend, Groups
-from rewrite.ir.site import is_causal_term
 
 LOG2_E = math.log2(math.e)
-
-
-def kernel_name(attend: Attend) -> str:
-    """A name that says what the kernel computes, such as ``attend_causal_biased_grouped``."""
-    static, dynamic = split_mask(attend.mask)
-    terms = static.args if isinstance(static, sympy.And) else (static,)
-    causal = any(is_causal_term(term) for term in terms)
-    masked = dynamic != sympy.true or any(term != sympy.true and not is_causal_term(term) for term in terms)
-    parts = {"causal": causal, "masked": masked, "biased": bool(tensors_in(attend.score)), "grouped": attend.groups is not None}
-    return "_".join(["attend", *(part for part, present in parts.items() if present)])
 
 
 def shared_weights(groups: Groups) -> tuple[tuple[sympy.Expr, tuple[str, ...]], ...]:
@@ -50,16 +37,11 @@ def shared_weights(groups: Groups) -> tuple[tuple[sympy.Expr, tuple[str, ...]], 
 
 
 @dataclass(frozen=True)
-class StreamingSource:
-    """The pieces of one emitted file; `text` puts them together."""
+class StreamingKernel:
+    """The kernel of one emitted file; `lines` puts its pieces together. name: of its function."""
 
     attend: Attend
-    sites: tuple[str, ...]
-    passes: tuple[str, ...]
-
-    @cached_property
-    def name(self) -> str:
-        return kernel_name(self.attend)
+    name: str
 
     @cached_property
     def tensors(self) -> dict[str, str]:
@@ -80,35 +62,6 @@ class StreamingSource:
     def listed(self) -> bool:
         """Whether the kernel walks a block list: only a static mask gives one."""
         return bool(split_mask(self.attend.mask)[0] != sympy.true)
-
-    def text(self) -> str:
-        return "\n".join([*self._header(), *self._imports(), *self._kernel(), "", "", *self._launch(), ""])
-
-    def _header(self) -> list[str]:
-        """The module docstring: equation, sites, passes."""
-        attend, groups = self.attend, self.attend.groups
-        weight = "" if groups is None else "weight[g(j)] * "
-        facts = {"score": str(attend.score), "visible": "every pair" if attend.mask == sympy.true else str(attend.mask)}
-        if groups is not None:
-            facts["g"] = f"{groups.membership}[b,j] -> {', '.join(f'{index} {name}' for index, name in enumerate(groups.names))}"
-            facts |= {f"weight {name}": str(weight) for name, weight in zip(groups.names, groups.weights, strict=True)}
-        facts |= {"sites": ", ".join(self.sites) or "unnamed", "passes": ", ".join(self.passes) or "none"}
-        lines = [f'"""{self.name}: softmax attention streamed over blocks of keys.', ""]
-        lines += [f"    out[b,h,i,:] = sum_j {weight}softmax_j(score over visible keys)[i,j] * value[b,h',j,:]", ""]
-        width = max(map(len, facts))
-        for fact, text in facts.items():
-            lead = f"    {fact:<{width}}  "
-            # Names come from a model: what would end or escape the docstring is taken out.
-            said = text.replace("\\", "/").replace('"', "'")
-            lines += textwrap.wrap(said, 120, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False)
-        return [*lines, "", "Emitted by attention-rewrite; stored by content hash, so change a copy and not this file.", '"""', ""]
-
-    def _imports(self) -> list[str]:
-        listed = ["block_list"] if self.listed else []
-        needed = [*listed, "broadcast_strides", "check_launch", "dot_precision", "power_of_two", "tile_for"]
-        return ["import triton", "import triton.language as tl", f"from codegen.launching import {', '.join(needed)}", "", ""]
-
-    # The kernel
 
     def _strides(self) -> list[str]:
         operands = {"query": "bhi", "key": "bhj", "value": "bhj", "out": "bhi", "lse": "bhi"}
@@ -164,7 +117,7 @@ class StreamingSource:
         masses = {f"mass_{name}": f"mass_{identifier}" for name, identifier in self.group_ids.items()}
         return {"b": "b", "h": "h", "i": "i", "Nq": "Nq", "Nk": "Nk", **tensors, **masses}
 
-    def _kernel(self) -> list[str]:
+    def lines(self) -> list[str]:
         attend, groups = self.attend, self.attend.groups
         masses = [f"    mass_{identifier} = tl.zeros([BLOCK_Q], tl.float32)" for identifier in self.group_ids.values()]
         if groups is None:
@@ -334,49 +287,3 @@ class StreamingSource:
             f'    lse_tile = tl.where(row_sum > 0, (row_max + tl.log2(normaliser)) * {math.log(2)!r}, float("-inf"))  # natural again',
             "    tl.store(lse + b * lse_stride_b + h * lse_stride_h + first * lse_stride_i + rows * lse_stride_i, lse_tile, mask=in_rows)",
         ]
-
-    # Its launcher
-
-    def _launch(self) -> list[str]:
-        said = ", ".join(f"{name} [{', '.join(axes)}]" for name, axes in self.tensors.items()) or "none"
-        unpack = [f"    {', '.join(self.ids.values())}{',' if len(self.ids) == 1 else ''} = tensors"] if self.ids else []
-        listed = "    starts, blocks = block_list(STATIC_MASK, Nq, Nk, (tile.block_q, tile.block_k), query.device)"
-        extra = [*self.ids.values(), *(["starts", "blocks"] if self.listed else [])]
-        strides = [f"        *broadcast_strides({self.ids[name]})," for name, axes in self.tensors.items() if axes]
-        static = [f"STATIC_MASK = {static_key(self.attend.mask)!r}  # its JSON form, from which the block list is made", "", ""]
-        return [
-            *(static if self.listed else []),
-            "def launch(query, key, value, tensors, out, lse, tile=None):",
-            '    """Run the kernel.',
-            "",
-            "    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] -> out [B, H, Nq, Dv], lse [B, H, Nq] float32.",
-            f"    tensors, in this order, every axis full size or 1: {said}.",
-            "    tile: a codegen.tiles.Tile; by default the one for the head dim.",
-            '    """',
-            "    check_launch(query, key, value)",
-            "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
-            *unpack,
-            "    tile = tile or tile_for(D, DV, query.element_size(), n_queries=Nq)",
-            *([listed] if self.listed else []),
-            f"    {self.name}[(triton.cdiv(Nq, tile.block_q) * B * H,)](",
-            "        query, key, value, out, lse,",
-            *([f"        {', '.join(extra)},"] if extra else []),
-            "        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *lse.stride(),",
-            *strides,
-            "        H, Nq, Nk,",
-            "        HEADS_PER_KEY=H // key.shape[1], D=D, DV=DV, BLOCK_D=power_of_two(D), BLOCK_DV=power_of_two(DV),",
-            "        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, PRECISION=dot_precision(query.dtype),",
-            "        num_warps=tile.warps, num_stages=tile.stages,",
-            "    )",
-        ]
-
-
-def streaming_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = ()) -> str:
-    """The text of a Python file with the Triton kernel for `attend` and its `launch` function.
-
-    Raises `RewriteError` where the score, the mask or a weight has no Triton form.
-    """
-    unknown = {str(s) for s in attend.score.free_symbols | attend.mask.free_symbols if str(s).startswith("mass_")}
-    if unknown:
-        raise RewriteError(f"{', '.join(sorted(unknown))} can be read by group weights only, not by a score or a mask")
-    return StreamingSource(attend, sites, passes).text()

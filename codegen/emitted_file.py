@@ -1,0 +1,97 @@
+"""The emitted file: a header that states the equation, the kernel, and a function that launches it."""
+
+from __future__ import annotations
+
+import textwrap
+
+import sympy
+
+from codegen.masks import split_mask, static_key
+from codegen.streaming import StreamingKernel
+from rewrite.ir.errors import RewriteError
+from rewrite.ir.expression import tensors_in
+from rewrite.ir.operations import Attend
+from rewrite.ir.site import is_causal_term
+
+
+def kernel_name(attend: Attend) -> str:
+    """A name that says what the kernel computes, such as ``attend_causal_biased_grouped``."""
+    static, dynamic = split_mask(attend.mask)
+    terms = static.args if isinstance(static, sympy.And) else (static,)
+    causal = any(is_causal_term(term) for term in terms)
+    masked = dynamic != sympy.true or any(term != sympy.true and not is_causal_term(term) for term in terms)
+    parts = {"causal": causal, "masked": masked, "biased": bool(tensors_in(attend.score)), "grouped": attend.groups is not None}
+    return "_".join(["attend", *(part for part, present in parts.items() if present)])
+
+
+def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, ...]) -> list[str]:
+    """The module docstring: equation, sites, passes."""
+    attend, groups = kernel.attend, kernel.attend.groups
+    weight = "" if groups is None else "weight[g(j)] * "
+    facts = {"score": str(attend.score), "visible": "every pair" if attend.mask == sympy.true else str(attend.mask)}
+    if groups is not None:
+        facts["g"] = f"{groups.membership}[b,j] -> {', '.join(f'{index} {name}' for index, name in enumerate(groups.names))}"
+        facts |= {f"weight {name}": str(weight) for name, weight in zip(groups.names, groups.weights, strict=True)}
+    facts |= {"sites": ", ".join(sites) or "unnamed", "passes": ", ".join(passes) or "none"}
+    lines = [f'"""{kernel.name}: softmax attention streamed over blocks of keys.', ""]
+    lines += [f"    out[b,h,i,:] = sum_j {weight}softmax_j(score over visible keys)[i,j] * value[b,h',j,:]", ""]
+    width = max(map(len, facts))
+    for fact, text in facts.items():
+        lead = f"    {fact:<{width}}  "
+        # Names come from a model: what would end or escape the docstring is taken out.
+        said = text.replace("\\", "/").replace('"', "'")
+        lines += textwrap.wrap(said, 120, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False)
+    return [*lines, "", "Emitted by attention-rewrite; stored by content hash, so change a copy and not this file.", '"""', ""]
+
+
+def _imports(kernel: StreamingKernel) -> list[str]:
+    listed = ["block_list"] if kernel.listed else []
+    needed = [*listed, "broadcast_strides", "check_launch", "dot_precision", "power_of_two", "tile_for"]
+    return ["import triton", "import triton.language as tl", f"from codegen.launching import {', '.join(needed)}", "", ""]
+
+
+def _launch(kernel: StreamingKernel) -> list[str]:
+    said = ", ".join(f"{name} [{', '.join(axes)}]" for name, axes in kernel.tensors.items()) or "none"
+    unpack = [f"    {', '.join(kernel.ids.values())}{',' if len(kernel.ids) == 1 else ''} = tensors"] if kernel.ids else []
+    listed = "    starts, blocks = block_list(STATIC_MASK, Nq, Nk, (tile.block_q, tile.block_k), query.device)"
+    extra = [*kernel.ids.values(), *(["starts", "blocks"] if kernel.listed else [])]
+    strides = [f"        *broadcast_strides({kernel.ids[name]})," for name, axes in kernel.tensors.items() if axes]
+    static = [f"STATIC_MASK = {static_key(kernel.attend.mask)!r}  # its JSON form, from which the block list is made", "", ""]
+    return [
+        *(static if kernel.listed else []),
+        "def launch(query, key, value, tensors, out, lse, tile=None):",
+        '    """Run the kernel.',
+        "",
+        "    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] -> out [B, H, Nq, Dv], lse [B, H, Nq] float32.",
+        f"    tensors, in this order, every axis full size or 1: {said}.",
+        "    tile: a codegen.tiles.Tile; by default the one for the head dim.",
+        '    """',
+        "    check_launch(query, key, value)",
+        "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
+        *unpack,
+        "    tile = tile or tile_for(D, DV, query.element_size(), n_queries=Nq)",
+        *([listed] if kernel.listed else []),
+        f"    {kernel.name}[(triton.cdiv(Nq, tile.block_q) * B * H,)](",
+        "        query, key, value, out, lse,",
+        *([f"        {', '.join(extra)},"] if extra else []),
+        "        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *lse.stride(),",
+        *strides,
+        "        H, Nq, Nk,",
+        "        HEADS_PER_KEY=H // key.shape[1], D=D, DV=DV, BLOCK_D=power_of_two(D), BLOCK_DV=power_of_two(DV),",
+        "        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, PRECISION=dot_precision(query.dtype),",
+        "        num_warps=tile.warps, num_stages=tile.stages,",
+        "    )",
+    ]
+
+
+def streaming_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = ()) -> str:
+    """The text of a Python file with the Triton kernel for `attend` and its `launch` function.
+
+    Raises `RewriteError` where the score, the mask or a weight has no Triton form.
+    """
+    unknown = {str(s) for s in attend.score.free_symbols | attend.mask.free_symbols if str(s).startswith("mass_")}
+    if unknown:
+        raise RewriteError(f"{', '.join(sorted(unknown))} can be read by group weights only, not by a score or a mask")
+    kernel = StreamingKernel(attend, kernel_name(attend))
+    header, imports = _header(kernel, sites, passes), _imports(kernel)
+    return "\n".join([*header, *imports, *kernel.lines(), "", "", *_launch(kernel), ""])
