@@ -34,7 +34,7 @@ from torchvision_or_not import let_transformers_import
 RESULTS = Path(__file__).parent / "results" / "cpu.md"
 DEIT_S = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
 # A model's rounds end after this many seconds, but not before the least number of rounds.
-SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 30.0, 5, 25
+SECONDS, LEAST_ROUNDS, MOST_ROUNDS = 15.0, 5, 25
 EAGER, COMPILED = "unmodified, eager", "unmodified, inductor"
 
 Inputs = dict[str, torch.Tensor]
