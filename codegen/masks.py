@@ -25,6 +25,7 @@ def depends_on_positions_only(term: Boolean) -> bool:
     return is_static(term) and not term.free_symbols & {INDICES["b"], INDICES["h"]}
 
 
+@lru_cache(maxsize=1024)
 def split_mask(mask: Boolean) -> tuple[Boolean, Boolean]:
     """(static, dynamic): the conjunction of the terms that depend on positions only, and that of the others."""
     terms = conjuncts(mask)
@@ -32,6 +33,7 @@ def split_mask(mask: Boolean) -> tuple[Boolean, Boolean]:
     return sympy.And(*static), sympy.And(*(term for term in terms if term not in static))
 
 
+@lru_cache(maxsize=1024)
 def static_key(mask: Boolean) -> str:
     """The static part of a mask as JSON text: what everything derived from it is cached by."""
     return json.dumps(to_json(split_mask(mask)[0]))

@@ -46,6 +46,11 @@ def _named(
     return dict(zip(axes_of, tensors, strict=True))
 
 
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its last axis contiguous: kernels, and torch's fused CPU operator, read it so whatever the strides say."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 @torch.library.custom_op("rewrite::attend", mutates_args=(), device_types="cpu")
 def attend_op(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor], attend: str
@@ -56,12 +61,8 @@ def attend_op(
     exactly the axes it says, each full size or 1. Raises `RewriteError` where they do not fit.
     """
     operation = Attend.from_json(attend)
-    return attend_forward(operation, query, key, value, _named(operation, query, key, value, tensors))
-
-
-def _rows(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with its last axis contiguous, as kernels read it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+    named = _named(operation, query, key, value, tensors)
+    return attend_forward(operation, _rows(query), _rows(key), _rows(value), named)
 
 
 @attend_op.register_kernel("cuda")

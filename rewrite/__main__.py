@@ -57,7 +57,12 @@ def _print_pass(console: Console, cls: type[Pass]) -> None:
     console.print(f"changes nothing at: {identity if identity is not None else 'no setting'}", markup=False)
     table = Table("parameter", "type", "default", "meaning")
     for field in cls.parameters():
-        table.add_row(field.name, str(field.type), "required" if field.default is dataclasses.MISSING else repr(field.default), field.metadata.get("help", ""))
+        table.add_row(
+            field.name,
+            str(field.type),
+            "required" if field.default is dataclasses.MISSING else repr(field.default),
+            field.metadata.get("help", ""),
+        )
     console.print(table)
     console.print(inspect.getdoc(cls) or "", markup=False)
 

@@ -28,8 +28,8 @@ class Call(Protocol):
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that a pass added."""
 
-    def graph(self) -> AbstractContextManager[None]:
-        """What a graph runs inside."""
+    def graph(self, merges: bool) -> AbstractContextManager[None]:
+        """What a graph runs inside; `merges` where visual tokens join the text in it."""
 
 
 class NoCall:
@@ -44,7 +44,7 @@ class NoCall:
     def parameter(self, name: str) -> torch.Tensor:
         raise RuntimeError(f"no parameter {name} outside a call")
 
-    def graph(self) -> AbstractContextManager[None]:
+    def graph(self, merges: bool) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -105,7 +105,7 @@ class CompiledGraph:
                 values.append(call.parameter(extra.name))
             else:
                 values.append(getattr(notes[extra.index][1], extra.kind))
-        with call.graph():
+        with call.graph(variant.graph.record.merges):
             results = variant.run(*values)
         produced = variant.graph.produced
         if not produced:
@@ -131,5 +131,3 @@ def dict_of(produced: Sequence[Any], values: Sequence[Any]) -> dict[int, dict[st
         for index in what.outputs:
             facts.setdefault(index, {})[what.kind] = known
     return facts
-
-

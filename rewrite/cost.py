@@ -167,7 +167,9 @@ def _conv(node: fx.Node, shapes: Shapes) -> int:
 
 
 def _attention(node: fx.Node, shapes: Shapes) -> int:
-    query, key, value = (node.args[place] if place < len(node.args) else node.kwargs[name] for place, name in enumerate(("query", "key", "value")))
+    query, key, value = (
+        node.args[place] if place < len(node.args) else node.kwargs[name] for place, name in enumerate(("query", "key", "value"))
+    )
     assert isinstance(query, fx.Node)
     assert isinstance(key, fx.Node)
     assert isinstance(value, fx.Node)

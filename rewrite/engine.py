@@ -13,7 +13,7 @@ from torch import fx
 
 import codegen
 from rewrite.cost import GraphCost, graph_cost
-from rewrite.ir.errors import ModelCallError, NotApplicableError, RewriteError
+from rewrite.ir.errors import ModelCallError, NotApplicableError
 from rewrite.ir.operations import SinkGroups
 from rewrite.ir.passes import Pass
 from rewrite.ir.program import Exit, Program
@@ -27,7 +27,7 @@ from rewrite.tokens.gather import gather_tokens, kept_positions
 from rewrite.tokens.layout import PatchEmbedding, patch_grid
 from rewrite.tokens.placement import Selection
 from rewrite.tokens.surgery import push_selections
-from rewrite.tokens.visual import visual_mask_node
+from rewrite.tokens.visual import visual_mask_node, visual_merges
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Record:
     """What happened to one graph, for the report.
 
     lowered: names of the sites whose body was replaced. gone: by stack, how many tokens of each row leave it.
+    merges: visual tokens join a text in this graph.
     """
 
     program: Program
@@ -66,6 +67,7 @@ class Record:
     kernels: list[codegen.Kernel]
     lowered: frozenset[str] = frozenset()
     gone: Mapping[int, int] = field(default_factory=dict)
+    merges: bool = False
 
 
 @dataclass
@@ -107,9 +109,7 @@ class Rewriter:
         graph = module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         noted = {placeholders[index] for index in notes}
-        visual_caches = {
-            placeholders[index] for index, note in notes.items() if note.positions is not None or note.groups is not None
-        }
+        visual_caches = {placeholders[index] for index, note in notes.items() if note.positions is not None or note.groups is not None}
         recognition = recognise(
             graph,
             dict(zip(placeholders, inputs, strict=True)),
@@ -136,6 +136,7 @@ class Rewriter:
             kernels=work.kernels,
             lowered=frozenset(work.lowered),
             gone=work.gone,
+            merges=bool(visual_merges(graph_module.graph)),
         )
         return RewrittenGraph(module, work.extras, work.produced, record, changed)
 

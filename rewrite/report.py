@@ -165,7 +165,8 @@ class Report:
         for note in self.notes:
             yield f"note: {note}"
         before, after = self.total_before, self.total_after
-        ratio = f", {before.multiply_adds / after.multiply_adds:.2f}x fewer" if after.multiply_adds else ""
+        fewer = after.multiply_adds and after.multiply_adds != before.multiply_adds
+        ratio = f", {before.multiply_adds / after.multiply_adds:.2f}x fewer" if fewer else ""
         yield (
             f"whole model: {_count(before.multiply_adds)} → {_count(after.multiply_adds)} multiply-adds{ratio}; "
             + ", ".join(f"{count} {status}" for status, count in self.counts().items() if count)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import threading
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,6 +40,9 @@ _LIMITS: dict[str, Any] = {
 }
 
 
+_NUMBERS = itertools.count()
+
+
 class _Active(threading.local):
     """The call that runs in this thread."""
 
@@ -56,6 +61,7 @@ class RunningCall:
     produced: list[tuple[torch.Tensor, Note]] = field(default_factory=list)
     modes: list[Any] = field(default_factory=list)
     graphs: int = 0
+    merged: bool = False
 
     def noted(self, value: torch.Tensor) -> tuple[torch.Tensor, Note] | None:
         return self.behind.get(storage_of(value)) if self.behind else None
@@ -67,9 +73,10 @@ class RunningCall:
         return self.session.parameter(name)
 
     @contextlib.contextmanager
-    def graph(self) -> Iterator[None]:
+    def graph(self, merges: bool) -> Iterator[None]:
         """Around the execution of one graph: the dispatch modes (a FLOP counter, say) that were set aside see what it does."""
         self.graphs += 1
+        self.merged |= merges
         with contextlib.ExitStack() as stack:
             for mode in self.modes:
                 _python_dispatch._push_mode(mode)
@@ -97,6 +104,7 @@ class Session:
     notes: CacheNotes = field(default_factory=CacheNotes)
     proofs: dict[str, str | None] = field(default_factory=dict)
     added: dict[str, Parameter] = field(default_factory=dict)
+    seen: set[Any] = field(default_factory=set)
     failure: RewriteError | None = None
     runner: Runner | None = None
     _pending: dict[str, nn.Parameter] = field(default_factory=dict)
@@ -109,11 +117,13 @@ class Session:
         holder = getattr(self.root, ADDED, None)
         if holder is not None:
             with contextlib.suppress(AttributeError):
-                return holder.get_parameter(name)
+                held: torch.Tensor = holder.get_parameter(_state_name(name))
+                return held
         if name not in self._pending:
             if not self._recording:
                 raise NotApplicableError(
-                    f"{name}: this site was not reached by example_inputs, so its parameters were not added; give example inputs that reach it"
+                    f"{name}: this site was not reached by example_inputs, so its parameters were not added; "
+                    "give example inputs that reach it"
                 )
             like = next(self.root.parameters())
             self._pending[name] = nn.Parameter(_initial(self.added[name], like))
@@ -125,7 +135,7 @@ class Session:
             return
         holder = nn.Module()
         for name, parameter in self._pending.items():
-            *path, last = name.replace(":", "_").split(".")
+            *path, last = _state_name(name).split(".")
             module = holder
             for part in path:
                 if not hasattr(module, part):
@@ -142,9 +152,9 @@ class Session:
 
         The model runs twice on copies of the inputs, once as it is and once rewritten; its buffers and the random state are put back.
         """
+        # Wrong inputs raise the model's own error.
+        self.warm_up(self.root, "", arguments, keywords)
         with _untouched(self.root):
-            # The model as it is: wrong inputs raise the model's own error, and what a model sets up at its first call is set up.
-            self.root._call_impl(*_copied(arguments), **_copied(keywords))
             self.report = Report(tuple(str(one) for one in self.passes))
             self._recording = True
             try:
@@ -154,6 +164,28 @@ class Session:
         self._check_fit()
         self.entries = _entry_modules([site.qualified_name for site in self.report.sites], self.root)
         self.prepared = True
+
+    def warm_up(self, module: nn.Module, prefix: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        """Run a module as it is, on copies, the first time it is called in a new way.
+
+        Models set things up at such a call (hooks that collect hidden states, say), under locks and in ways that break a capture; a
+        broken capture would hide from the layers what was found in front of them.
+        """
+        kind = (prefix, self.root.training, len(arguments), frozenset((name, _kind(value)) for name, value in keywords.items()))
+        # With caches that a rewritten call left short the model as it is cannot run; it has run before, or there would be none.
+        if kind in self.seen or any(self._is_short(slot) for slot in slots((arguments, keywords))):
+            return
+        with _untouched(self.root):
+            ACTIVE.call = RunningCall(self)
+            try:
+                _original(module, _copied(arguments), _copied(keywords))
+            finally:
+                ACTIVE.call = None
+        self.seen.add(kind)
+
+    def _is_short(self, slot: Slot) -> bool:
+        note = self.notes.read(slot)
+        return note is not None and note.positions is not None
 
     def _capture(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Run the model rewritten, once; with other capture settings where Dynamo cannot trace it with ours."""
@@ -173,8 +205,33 @@ class Session:
         """Take in what happened to one graph."""
         if self._recording:
             self.report.add(record)
+        else:
+            self._check_kept(record)
         known = {kernel.path for kernel in self.kernels}
         self.kernels += [kernel for kernel in record.kernels if kernel.path not in known]
+
+    def _check_kept(self, record: Record) -> None:
+        """A graph that is captured later must not quietly lose what the analysis promised for its sites.
+
+        A call without visual tokens has nothing to prune; anything else that is declined now is an error where visual tokens were seen in
+        an earlier graph of the call (the capture was cut between them and the layers), and a warning where the shapes of the call decide.
+        """
+        promised = {site.qualified_name: site.passes for site in self.report.sites}
+        lost: dict[str, list[str]] = {}
+        for name, by, reason in record.program.declined:
+            if by in promised.get(name, ()):
+                lost.setdefault(f"{by}: {reason}", []).append(name)
+        blind = {site.name for site in record.program.sites if not site.layout.visual}
+        merged = ACTIVE.call is not None and ACTIVE.call.merged
+        for reason, names in lost.items():
+            told = f"{', '.join(names)} runs without {reason}"
+            if not blind.issuperset(names):
+                warnings.warn(f"in this call {told}", stacklevel=2)
+            elif merged:
+                raise ModelCallError(
+                    f"{told}, though this call has visual tokens: its capture was cut in front of these layers; "
+                    "TORCH_LOGS=graph_breaks shows where"
+                )
 
     def _check_fit(self) -> None:
         """Every pass must have found a site."""
@@ -208,7 +265,7 @@ class Session:
         self.root.__dict__["rewrite_report"] = self.report
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh = {"proofs": {}, "failure": None, "runner": None, "_pending": {}, "_recording": False}
+        fresh: dict[str, Any] = {"proofs": {}, "seen": set(), "failure": None, "runner": None, "_pending": {}, "_recording": False}
         return {**self.__dict__, **fresh}
 
 
@@ -279,15 +336,16 @@ class Entry:
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if ACTIVE.call is not None:
-            return self.module._call_impl(*arguments, **keywords)
+            return _original(self.module, arguments, keywords)
         return self.enter(*arguments, **keywords)
 
-    @torch._dynamo.disable(reason="a rewritten model compiles itself; give rewrite() the backend instead")  # type: ignore[untyped-decorator]
+    @torch._dynamo.disable(reason="a rewritten model compiles itself; give rewrite() the backend instead")  # type: ignore[untyped-decorator, no-untyped-call]
     def enter(self, *arguments: Any, **keywords: Any) -> Any:
         if not self.session.prepared:
             self.session.prepare(arguments, keywords)
             self.session.register_parameters()
             self.session.install()
+        self.session.warm_up(self.module, self.prefix, arguments, keywords)
         if self.runner is None:
             # What the analysis compiled is what runs.
             captured = self.session.runner if self.prefix == "" else None
@@ -334,10 +392,11 @@ def _own_function(module: nn.Module) -> Callable[..., Any]:
     """A function that calls the module, with a code object of its own: Dynamo's caches and limits are per code object."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        return module._call_impl(*arguments, **keywords)
+        return _original(module, arguments, keywords)
 
-    own = types.FunctionType(call.__code__.replace(co_name="rewritten"), call.__globals__, "rewritten", None, call.__closure__)
-    return own
+    # A name of its own too: Dynamo remembers by file, line and name which sizes it saw change, and one model's are not another's.
+    name = f"rewritten_{next(_NUMBERS)}"
+    return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
 
 
 def _put_stand_ins(notes: CacheNotes, call: RunningCall, arguments: Any) -> Iterator[tuple[Slot, torch.Tensor]]:
@@ -386,6 +445,21 @@ def _untouched(module: nn.Module) -> Iterator[None]:
                         buffer.copy_(saved[name])
 
 
+def _kind(value: Any) -> Any:
+    """What distinguishes one way of calling from another: switches by value, anything else by its type."""
+    return value if isinstance(value, bool | str | None) else type(value)
+
+
+def _state_name(name: str) -> str:
+    """An added parameter's name under the prefix; the second site of a module ("attn:2") has a name that a module may have."""
+    return name.replace(":", "_")
+
+
+def _original(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    """Call the module as it is, its hooks included, past what `rewrite` installed."""
+    return module._call_impl(*arguments, **keywords)  # type: ignore[no-untyped-call]
+
+
 def _initial(parameter: Parameter, like: torch.Tensor) -> torch.Tensor:
     tensor = like.new_zeros(parameter.shape)
     if parameter.init == "ones":
@@ -405,5 +479,7 @@ def _entry_modules(sites: Sequence[str], root: nn.Module) -> list[str]:
             path = ".".join(parts[:count])
             holders[path] = holders.get(path, 0) + 1
     return [
-        path for path, count in holders.items() if path == "" or (count > 1 and path in modules and not isinstance(modules[path], nn.ModuleList))
+        path
+        for path, count in holders.items()
+        if path == "" or (count > 1 and path in modules and not isinstance(modules[path], nn.ModuleList))
     ]

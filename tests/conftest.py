@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 
@@ -16,10 +17,8 @@ import torch
 if not torch.cuda.is_available():
     # The wheel's compiled part needs a CUDA build of torch; importing the package fails unless these two operators are declared.
     for _name in ("nms", "qnms"):
-        try:
+        with contextlib.suppress(RuntimeError):
             torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:
-            pass
 
 
 @pytest.fixture(autouse=True)

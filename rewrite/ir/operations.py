@@ -47,12 +47,7 @@ class Attend:
 
     def tensors(self) -> dict[str, str]:
         """The tensor operands besides query, key and value, sorted by name: name -> axes ("bij" and so on)."""
-        expressions: list[sympy.Basic] = [self.score, self.mask]
-        named: dict[str, str] = {}
-        if self.groups is not None:
-            expressions += self.groups.weights
-            named[self.groups.membership] = "bj"
-        return dict(sorted({**tensors_in(*expressions), **named}.items()))
+        return dict(_tensors_of(self))
 
     def to_json(self) -> str:
         """The operation without its operand names: what a kernel is generated from, and what it is cached by."""
@@ -93,6 +88,16 @@ class Attend:
                 tuple(sympy.sympify(from_json(weight)) for weight in groups["weights"]),
             ),
         )
+
+
+@lru_cache(maxsize=1024)
+def _tensors_of(operation: Attend) -> tuple[tuple[str, str], ...]:
+    expressions: list[sympy.Basic] = [operation.score, operation.mask]
+    named: dict[str, str] = {}
+    if operation.groups is not None:
+        expressions += operation.groups.weights
+        named[operation.groups.membership] = "bj"
+    return tuple(sorted({**tensors_in(*expressions), **named}.items()))
 
 
 @dataclass(frozen=True)

@@ -253,9 +253,7 @@ def sink_groups(
     return codes, active.to(torch.int32), is_visual.sum(1).to(torch.float32)
 
 
-def evaluate_operation(
-    operation: Operation, values: dict[str, torch.Tensor], cached: torch.Tensor | None = None
-) -> None:
+def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], cached: torch.Tensor | None = None) -> None:
     """Add the operation's results to `values`."""
     match operation:
         case Attend():

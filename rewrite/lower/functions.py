@@ -16,9 +16,7 @@ def pool(source: torch.Tensor, grid: tuple[int, ...], size: tuple[int, ...], pre
     return semantics.pool(Pool("", "source", tuple(grid), tuple(size), prefix), {"source": source})
 
 
-def depthwise_conv(
-    source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grid: tuple[int, int], prefix: int
-) -> torch.Tensor:
+def depthwise_conv(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grid: tuple[int, int], prefix: int) -> torch.Tensor:
     """Depthwise convolution of tokens as an image; see `DepthwiseConv`."""
     operation = DepthwiseConv("", "source", "weight", "bias", (grid[0], grid[1]), prefix)
     return semantics.depthwise_conv(operation, {"source": source, "weight": weight, "bias": bias})

@@ -39,7 +39,7 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
         for name, operand in region.operands().items():
             node = operand.node
             for method, arguments in operand.layout.steps():
-                node = graph.call_method(method, (node, *arguments))
+                node = graph.call_method(method, (node, *arguments))  # type: ignore[arg-type]
             # Under autocast the contraction ran in the output's type; an operand in another one is brought to it.
             if name in ("query", "key", "value") and _tensor(operand.node).dtype != dtype:
                 node = graph.call_method("to", (node, dtype))

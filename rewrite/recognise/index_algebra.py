@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from rewrite.recognise.operators import argument, canonical, hinted_shape
+from rewrite.recognise.operators import canonical, hinted_shape
 
 
 @dataclass(eq=False)

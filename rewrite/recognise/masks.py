@@ -42,6 +42,8 @@ def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | Non
     while stack:
         current = stack.pop()
         needed.append(current)
+        if isinstance(value_of(current), int | torch.SymInt):
+            continue  # a size, whatever it is the size of
         if canonical(current) in _COMPUTES or len(needed) > _LONGEST or (current.op == "placeholder" and current not in inputs):
             return None
         for source in current.all_input_nodes:

@@ -211,20 +211,16 @@ def _unify_map(softmax: fx.Node, axes: Axes, weights: fx.Node, weights_axes: Axe
     """Make the map's axes at the contraction those at the softmax; returns the dropout on the way that was active."""
     dropout, node = 0.0, weights
     while node is not softmax:
-        name = canonical(node)
-        if name == "dropout":
-            if argument(node, "training", True):
-                dropout = max(dropout, float(argument(node, "p", 0.5)))
-            step = (node.args[0], weights_axes)
-        elif name == "cast":
-            step = (node.args[0], weights_axes)
-        else:
-            undone = back_through(node, weights_axes)
-            if undone is None:
-                raise NearMissError(f"{node.name} ({spelled(node)}) stands between the softmax and the values")
-            step = undone
-        assert isinstance(step[0], fx.Node)
-        node, weights_axes = step
+        name, source = canonical(node), node.args[0]
+        if name == "dropout" and argument(node, "training", True):
+            dropout = max(dropout, float(argument(node, "p", 0.5)))
+        if name in ("dropout", "cast") and isinstance(source, fx.Node):
+            node = source
+            continue
+        undone = back_through(node, weights_axes)
+        if undone is None:
+            raise NearMissError(f"{node.name} ({spelled(node)}) stands between the softmax and the values")
+        node, weights_axes = undone
     for here, there in zip(axes, weights_axes, strict=True):
         if there or not leaves(here):
             unify(here, there)
@@ -232,7 +228,10 @@ def _unify_map(softmax: fx.Node, axes: Axes, weights: fx.Node, weights_axes: Axe
 
 
 def _leading(axes: Axes, rows: Axis, normalised: Axis) -> Axes:
-    """The map's axes at the softmax without those of queries and keys (a single query has no index of its own: it stands before the keys)."""
+    """The map's axes at the softmax without those of queries and keys.
+
+    A single query has no index to be told by: it stands in front of the keys.
+    """
     left = [axis for axis in axes if axis is not normalised]
     places = [place for place, axis in enumerate(left) if set(rows) & set(leaves(axis))]
     del left[places[0] if places else -1]

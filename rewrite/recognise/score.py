@@ -36,7 +36,7 @@ class Contraction:
     right_axes: Axes
     out: Axes
     lead: Axes
-    scale: sympy.Expr = sympy.Integer(1)
+    scale: sympy.Expr = field(default=sympy.S.One)
     added: tuple[fx.Node, Axes, sympy.Expr] | None = None
 
 
@@ -227,9 +227,7 @@ class ScoreReader:
             raise NearMissError(f"{node.name} ({spelled(node)}) stands between the scores and the softmax")
         return self._operand(step[0], step[1])
 
-    def _filled(
-        self, expression: sympy.Expr, mask: sympy.Expr, value: Any, axes: Axes, keep_where_true: bool = False
-    ) -> sympy.Expr:
+    def _filled(self, expression: sympy.Expr, mask: sympy.Expr, value: Any, axes: Axes, keep_where_true: bool = False) -> sympy.Expr:
         replaced = self._operand(value, axes)
         keep = sympy.Ne(mask, 0) if keep_where_true else sympy.Eq(mask, 0)
         if replaced == -sympy.oo:

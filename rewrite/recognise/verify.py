@@ -34,7 +34,7 @@ def structure(region: Region) -> str:
         return f"%{numbers.setdefault(value, len(numbers))}:{_described(value)}" if isinstance(value, fx.Node) else repr(value)
 
     for node in sorted(interior(region)):
-        lines.append(f"{spelled(node)} {[fx.map_arg(node.args, lambda n: write(n))]} {fx.map_arg(dict(node.kwargs), lambda n: write(n))}")
+        lines.append(f"{spelled(node)} {[fx.map_arg(node.args, write)]} {fx.map_arg(dict(node.kwargs), write)}")
     return "\n".join(lines)
 
 
@@ -74,7 +74,7 @@ def _draw(node: fx.Node, spread: float, generator: torch.Generator, region: Regi
     """A random value for an operand: normal numbers, or a mask that hides a third of the pairs but never a whole row's first key."""
     shape, dtype = hinted_shape(node), value_of(node).dtype
     if dtype == torch.bool:
-        mask = torch.rand(shape, generator=generator, dtype=torch.float64) < 2 / 3
+        mask: torch.Tensor = torch.rand(shape, generator=generator, dtype=torch.float64) < 2 / 3
         mask[..., 0] = True
         return mask
     if not dtype.is_floating_point:
@@ -101,13 +101,16 @@ def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
             keywords["dropout_p"] = 0.0
             arguments = arguments[:4]
             keywords.setdefault("is_causal", node.args[5] if len(node.args) > 5 else node.kwargs.get("is_causal", False))
-        if node.op == "call_function":
+        if callable(node.target):
             return node.target(*arguments, **keywords)
         if node.target in ("float", "half", "bfloat16", "double"):
             return arguments[0].double()
         return getattr(arguments[0], str(node.target))(*arguments[1:], **keywords)
 
-    return load(region.output)  # type: ignore[no-any-return]
+    result = load(region.output)
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"{region.output.name} gives no tensor")
+    return result
 
 
 def _in_float64(value: Any) -> Any:

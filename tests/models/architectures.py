@@ -175,3 +175,18 @@ def rewritten(model: nn.Module, passes: Any, inputs: dict[str, torch.Tensor], **
 
     with torch.no_grad():
         return rewrite(model, passes, example_inputs=inputs, **options)
+
+
+def same_gradients(actual: nn.Module, expected: nn.Module) -> None:
+    """Every parameter's gradient is the other model's, within what float32 sums over tokens and layers leave.
+
+    The budget is set by the largest gradient of the model: some (a key projection's bias) are sums that cancel to zero.
+    """
+    theirs = {name: parameter.grad for name, parameter in expected.named_parameters()}
+    largest = max(gradient.abs().max() for gradient in theirs.values() if gradient is not None)
+    for name, parameter in actual.named_parameters():
+        if theirs.get(name) is None:
+            assert parameter.grad is None or name.startswith("rewrite_added."), name
+            continue
+        assert parameter.grad is not None, name
+        assert (parameter.grad - theirs[name]).abs().max() <= 256 * torch.finfo(torch.float32).eps * largest, name

@@ -90,10 +90,8 @@ def visual_masked_from(model: nn.Module, layer: int, visual: torch.Tensor) -> It
         if mask is None:
             causal = torch.ones(new, keys, dtype=torch.bool).tril(keys - new)[None, None]
             mask = causal.expand(hidden.shape[0], 1, new, keys)
-        if mask.dtype == torch.bool:
-            mask = mask & ~gone
-        else:
-            mask = mask.masked_fill(gone, torch.finfo(mask.dtype).min)
+        boolean = mask.dtype == torch.bool
+        mask = mask & ~gone if boolean else mask.masked_fill(gone, torch.finfo(mask.dtype).min)
         return arguments, {**keywords, "attention_mask": mask}
 
     layers = model.model.language_model.layers
@@ -104,5 +102,3 @@ def visual_masked_from(model: nn.Module, layer: int, visual: torch.Tensor) -> It
     finally:
         for handle in handles:
             handle.remove()
-
-
