@@ -79,7 +79,7 @@ def _draw(node: fx.Node, spread: float, generator: torch.Generator, region: Regi
         return mask
     if not dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator).to(dtype)
-    return torch.randn(shape, generator=generator, dtype=torch.float64) * (spread / max(1, shape[-1]) ** 0.25)
+    return torch.randn(shape, generator=generator, dtype=torch.float64) * float(spread / max(1, shape[-1]) ** 0.25)
 
 
 def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:

@@ -119,7 +119,9 @@ SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536
 CUT = 3
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("timm-deit-s-224", timm_model("deit_small_patch16_224"), images(224, name="x"), 12, 6, (14, 14), 1),
-    Architecture("timm-deit-s-384", timm_model("deit_small_patch16_224", img_size=384, depth=CUT), images(384, 1, "x"), CUT, 6, (24, 24), 1),
+    Architecture(
+        "timm-deit-s-384", timm_model("deit_small_patch16_224", img_size=384, depth=CUT), images(384, 1, "x"), CUT, 6, (24, 24), 1
+    ),
     Architecture("timm-vit-b-224", timm_model("vit_base_patch16_224", depth=CUT), images(224, name="x"), CUT, 12, (14, 14), 1),
     Architecture("timm-vit-b-384", timm_model("vit_base_patch16_384", depth=CUT), images(384, 1, "x"), CUT, 12, (24, 24), 1),
     Architecture("deit-s-224", transformers_model("DeiTModel", "DeiTConfig", **SMALL), images(224), 12, 6, (14, 14), 2),
