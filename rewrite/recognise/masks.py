@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewrite.ir.expression import conjuncts, tensors_in
+from rewrite.ir.semantics import aligned, evaluate_expression, positions
 from rewrite.recognise.operators import canonical, hint, value_of
 from rewrite.recognise.region import Region
 
@@ -20,19 +22,34 @@ _HIDDEN = -1e4
 
 
 def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
-    """True where a mask tensor of the region hides every key after the query (queries aligned with the last keys)."""
+    """True where the mask tensors of the region hide every key after the query (queries aligned with the last keys)."""
     n_queries, n_keys = region.sizes["Nq"], region.sizes["Nk"]
+    axes = tensors_in(region.score, region.mask)
+    values: dict[str, Any] = {}
+    has_pairs = False
     for name, operand in region.tensors.items():
-        if not name.startswith(("mask", "bias")):
+        built = evaluate(operand.node, inputs) if name in axes else None
+        if built is None:
             continue
-        built = evaluate(operand.node, inputs)
-        if built is None or built.ndim < 2 or built.shape[-2:] != (n_queries, n_keys):
-            continue
-        visible = built if built.dtype == torch.bool else built > _HIDDEN
-        later = torch.ones(n_queries, n_keys, dtype=torch.bool, device=built.device).triu(n_keys - n_queries + 1)
-        if not bool((visible & later).any()):
-            return True
-    return False
+        has_pairs |= built.ndim >= 2 and built.shape[-2:] == (n_queries, n_keys)
+        values[name] = aligned(operand.layout.apply(built), axes[name])
+    if not has_pairs:
+        return False
+    device = next(iter(values.values())).device
+    values.update(positions(n_queries, n_keys, device), qk=torch.zeros((), device=device))
+    unknown = {name for name in axes if name not in values}
+    visible = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)
+    for term in conjuncts(region.mask):
+        if not unknown & tensors_in(term).keys():
+            visible = visible & evaluate_expression(term, values)
+    # What is computed from activations is taken for a number of no consequence, unless it decides which score there is.
+    if any(value_of(region.tensors[name].node).dtype == torch.bool for name in unknown & tensors_in(region.score).keys()):
+        return False
+    values.update({name: torch.zeros((), device=device) for name in unknown})
+    if tensors_in(region.score):
+        visible = visible & (evaluate_expression(region.score, values) > _HIDDEN)
+    later = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).triu(n_keys - n_queries + 1)
+    return not bool((visible & later).any())
 
 
 def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | None:

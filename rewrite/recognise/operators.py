@@ -16,15 +16,15 @@ from torch.nn import functional
 # canonical name -> the functions that mean it (method names are matched by `_METHODS`).
 _FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "add": (torch.add, operator.add, operator.iadd),
-    "sub": (torch.sub, operator.sub, operator.isub),
-    "mul": (torch.mul, operator.mul, operator.imul),
-    "div": (torch.div, torch.true_divide, operator.truediv, operator.itruediv),
+    "sub": (torch.sub, torch.subtract, operator.sub, operator.isub),
+    "mul": (torch.mul, torch.multiply, operator.mul, operator.imul),
+    "div": (torch.div, torch.divide, torch.true_divide, operator.truediv, operator.itruediv),
     "matmul": (torch.matmul, torch.bmm, operator.matmul),
     "baddbmm": (torch.baddbmm,),
     "einsum": (torch.einsum, functional.__dict__.get("einsum", torch.einsum)),
     "linear": (functional.linear, torch._C._nn.linear),
     "conv": (torch.conv1d, torch.conv2d, torch.conv3d, functional.conv1d, functional.conv2d, functional.conv3d),
-    "softmax": (torch.softmax, functional.softmax, torch.nn.functional.softmax),
+    "softmax": (torch.softmax, functional.softmax, torch.special.softmax),
     "attention": (functional.scaled_dot_product_attention,),
     "dropout": (functional.dropout, torch.dropout, functional.dropout1d),
     "transpose": (torch.transpose, torch.swapaxes, torch.swapdims),
@@ -47,9 +47,9 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
 # canonical name -> the tensor methods that mean it.
 _METHODS: Mapping[str, tuple[str, ...]] = {
     "add": ("add", "add_", "__add__", "__radd__"),
-    "sub": ("sub", "sub_"),
-    "mul": ("mul", "mul_", "multiply"),
-    "div": ("div", "div_", "true_divide"),
+    "sub": ("sub", "sub_", "subtract", "subtract_"),
+    "mul": ("mul", "mul_", "multiply", "multiply_"),
+    "div": ("div", "div_", "divide", "divide_", "true_divide"),
     "matmul": ("matmul", "bmm", "__matmul__"),
     "baddbmm": ("baddbmm",),
     "softmax": ("softmax",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 import torch
@@ -138,9 +138,12 @@ def is_symbolic(node: fx.Node) -> bool:
 
 
 def reduced_layout(node: fx.Node, axes: Axes, groups: dict[str, Axis]) -> tuple[str, Layout]:
-    """For a tensor read inside the score: the axes it has among "bhij" and the layout that leaves just those."""
+    """For a tensor read inside the score: the axes it has among "bhij" and the layout that leaves just those.
+
+    A single number keeps one axis, which broadcasts along the keys.
+    """
     axes = resolve(axes)
     present = {letter: leaves(group) for letter, group in groups.items()}
     letters = "".join(letter for letter, group in present.items() if group and any(set(axis) & set(group) for axis in axes))
     layout = layout_of(node, axes, tuple(present[letter] for letter in letters))
-    return letters, layout
+    return letters, layout if letters else replace(layout, order=(0,), appended=1)

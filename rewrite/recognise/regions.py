@@ -12,9 +12,22 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from rewrite.ir.expression import INDICES, QK, I, J, tensor
-from rewrite.recognise.index_algebra import Axes, Axis, MismatchError, back_through, fresh, leaves, origin, regroup, resolve, size, unify
+from rewrite.recognise.index_algebra import (
+    Atom,
+    Axes,
+    Axis,
+    MismatchError,
+    back_through,
+    fresh,
+    leaves,
+    origin,
+    regroup,
+    resolve,
+    size,
+    unify,
+)
 from rewrite.recognise.operators import argument, canonical, hinted_shape, module_path, spelled, value_of
-from rewrite.recognise.region import NearMissError, Operand, Region, layout_of, reduced_layout
+from rewrite.recognise.region import NearMissError, Operand, Region, is_symbolic, layout_of, reduced_layout
 from rewrite.recognise.score import ScoreReader, contract, find_contraction, number
 
 # What may stand between the map and its contraction with the values.
@@ -177,8 +190,10 @@ def _spelt_out(softmax: fx.Node, product: fx.Node, weights: fx.Node) -> Region:
     width = tuple(
         atom for axis in resolve(second.out) for atom in axis if atom in value_set and atom not in map_atoms and atom not in contracted
     )
-    rows = tuple(atom for atom in map_atoms if atom in query_set and atom not in key_set and atom not in value_set)
-    lead = _batch_and_heads(contraction.lead, _leading(axes, rows, normalised))
+    channels = _channels((query, query_axes), depth) | _channels((key, key_axes), depth)
+    alone = [atom for atom in map_atoms if atom in query_set and atom not in key_set and atom not in value_set]
+    rows = _rows(alone, channels, contraction.out)
+    lead = _batch_and_heads(contraction.lead, _leading(axes, rows, normalised), channels)
     chain = _chain(softmax, weights)
     readers = tuple(user.name for node in chain for user in node.users if user is not product and user not in chain)
     region = _assemble(
@@ -238,15 +253,48 @@ def _leading(axes: Axes, rows: Axis, normalised: Axis) -> Axes:
     return tuple(left)
 
 
-def _batch_and_heads(contracted: Axes, at_softmax: Axes) -> Axes:
+def _channels(operand: tuple[fx.Node, Axes], depth: Axis) -> set[Atom]:
+    """The indices that channels hold beside `depth` somewhere in front of an operand, which are heads.
+
+    Either one axis runs over both ([B, N, H * D]), or an index stands behind an axis of size one, the batch ([1, H, N, D]). Going back
+    through the views also tells apart what they merged.
+    """
+    node, axes, _ = _through_scale(*operand)
+    views = [axes]
+    while True:
+        step = _safe_back(node, axes)
+        if step is None:
+            break
+        node, axes = step
+        views.append(axes)
+    inner = set(leaves(depth))
+    found: set[Atom] = set()
+    for view in map(resolve, views):
+        found |= {atom for axis in view if inner & set(axis) for atom in axis if atom not in inner}
+        if len(view) > 3 and not view[0]:
+            found |= {atom for axis in view[1:-2] for atom in axis if len(view) == 4 and atom not in inner}
+    return found
+
+
+def _rows(alone: list[Atom], channels: set[Atom], out: Axes) -> Axis:
+    """The queries' index among those that the queries alone run over: heads are there too where all share one head of keys."""
+    queries = [atom for atom in leaves(tuple(alone)) if atom not in channels] or alone
+    last = next((set(axis) & set(queries) for axis in reversed(resolve(out)) if set(axis) & set(queries)), set())
+    return tuple(atom for atom in queries if atom in last)
+
+
+def _batch_and_heads(contracted: Axes, at_softmax: Axes, channels: set[Atom]) -> Axes:
     """The map's leading axes as (batch..., heads), from wherever they stand apart: at the contraction, or at the softmax.
 
-    Where batch and heads are merged in both, what they were merged from decides; a single index is the batch.
+    Heads are what channels hold; where that does not show, the last axis, or of one axis whatever is not its slowest index.
     """
     lead = at_softmax if len(at_softmax) > len(contracted) else contracted
+    atoms = tuple(atom for axis in lead for atom in leaves(axis))
+    first = next((place for place, atom in enumerate(atoms) if atom in channels), len(atoms))
+    if first < len(atoms) and all(atom in channels for atom in atoms[first:]):
+        return (atoms[:first], atoms[first:])
     if len(lead) != 1:
         return lead
-    atoms = leaves(lead[0])
     return (atoms[:1], atoms[1:])
 
 
@@ -370,6 +418,8 @@ def _output(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tu
     flat_out = [atom for axis in axes for atom in axis]
     if flat_order != flat_out:
         raise NearMissError(f"{node.name} orders its axes in a way that is not read yet")
+    if is_symbolic(node):
+        raise NearMissError(f"{node.name} mixes indices in one axis while its sizes are symbolic")
     return (0, 1, 2, 3), hinted_shape(node)
 
 

@@ -215,7 +215,7 @@ class ScoreReader:
             source, mask, value = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs["value"]
             return self._filled(self._operand(source, axes), self._operand(mask, axes), value, axes)
         if name == "where":
-            condition, yes, no = node.args[:3]
+            condition, yes, no = _branches(node)
             if isinstance(yes, fx.Node) and self.depends(yes):
                 return self._filled(self._operand(yes, axes), self._operand(condition, axes), no, axes, keep_where_true=True)
             return self._filled(self._operand(no, axes), self._operand(condition, axes), yes, axes)
@@ -239,3 +239,11 @@ class ScoreReader:
 
 def _pair(node: fx.Node) -> tuple[Any, Any]:
     return (node.args[0], node.args[1]) if len(node.args) > 1 else (node.args[0], node.kwargs["other"])
+
+
+def _branches(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Condition, value where it holds and value where it does not: torch.where(condition, yes, no), yes.where(condition, no)."""
+    if len(node.args) != 3:
+        raise NearMissError(f"{node.name} (where) names its arguments in a way this does not read")
+    first, second, third = node.args
+    return (second, first, third) if node.op == "call_method" else (first, second, third)
