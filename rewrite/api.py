@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 import codegen
@@ -40,8 +41,9 @@ def rewrite(
     chosen = as_passes(passes)
     if not isinstance(model, nn.Module):
         raise TypeError(f"rewrite() takes an nn.Module, not {type(model).__name__}")
-    if session_of(model) is not None:
-        raise RewriteError("this model is rewritten already; rewrite the original with all the passes in one list")
+    _require_original(model)
+    if isinstance(backend, str) and backend not in torch._dynamo.list_backends(exclude_tags=()):
+        raise RewriteError(f"there is no torch.compile backend {backend!r}; there are: {', '.join(torch._dynamo.list_backends())}, eager")
     if not chosen:
         raise PassError("the pass list is empty; explain(model, example_inputs) shows what there is to rewrite")
     arguments, keywords = _split(example_inputs)
@@ -64,9 +66,9 @@ def explain(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
     Raises what `rewrite` would raise.
     """
     chosen = as_passes(passes)
-    session = session_of(model)
-    if session is not None:
+    if session_of(model) is not None:
         raise RewriteError("this model is rewritten already; its report is model.rewrite_report")
+    _require_original(model)
     arguments, keywords = _split(example_inputs)
     session = Session(model, chosen, "eager", may_add_parameters=True)
     session.prepare(arguments, keywords)
@@ -79,6 +81,14 @@ def kernels(model: nn.Module) -> tuple[codegen.Kernel, ...]:
     if session is None:
         raise RewriteError("this model was not rewritten; kernels() takes what rewrite() returned")
     return tuple(session.kernels)
+
+
+def _require_original(model: nn.Module) -> None:
+    if session_of(model) is not None:
+        raise RewriteError("this model is rewritten already; rewrite the original with all the passes in one list")
+    inside = next((name for name, module in model.named_modules() if session_of(module) is not None), None)
+    if inside is not None:
+        raise RewriteError(f"{inside} in this model is rewritten already; rewrite the whole model once, with all the passes in one list")
 
 
 def _split(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -22,7 +22,7 @@ from rewrite.compiled import Call, CompiledGraph, InnerBackend, NoCall
 from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
 from rewrite.ir.operations import Parameter
-from rewrite.ir.passes import Pass
+from rewrite.ir.passes import CHANGES_NOTHING, Pass
 from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
 from rewrite.report import Report
 
@@ -41,6 +41,8 @@ _LIMITS: dict[str, Any] = {
 
 
 _NUMBERS = itertools.count()
+# One thread at a time sets up: analyses, or runs a module as it is before its first capture.
+_SETTING_UP = threading.RLock()
 
 
 class _Active(threading.local):
@@ -104,6 +106,7 @@ class Session:
     notes: CacheNotes = field(default_factory=CacheNotes)
     proofs: dict[str, str | None] = field(default_factory=dict)
     added: dict[str, Parameter] = field(default_factory=dict)
+    gridded: set[str] = field(default_factory=set)
     seen: set[Any] = field(default_factory=set)
     failure: RewriteError | None = None
     runner: Runner | None = None
@@ -205,6 +208,7 @@ class Session:
         """Take in what happened to one graph."""
         if self._recording:
             self.report.add(record)
+            self.gridded |= {site.name for site in record.program.sites if site.layout.grid is not None}
         else:
             self._check_kept(record)
         known = {kernel.path for kernel in self.kernels}
@@ -217,6 +221,12 @@ class Session:
         an earlier graph of the call (the capture was cut between them and the layers), and a warning where the shapes of the call decide.
         """
         promised = {site.qualified_name: site.passes for site in self.report.sites}
+        astray = [site.name for site in record.program.sites if site.layout.grid is None and site.name in self.gridded]
+        if any(promised.get(name) for name in astray):
+            raise ModelCallError(
+                f"{', '.join(astray)}: the grid of these tokens is not known in this call, which was captured behind the patch embedding; "
+                "call the model itself instead of a module or a method inside it (TORCH_LOGS=graph_breaks shows where a capture was cut)"
+            )
         lost: dict[str, list[str]] = {}
         for name, by, reason in record.program.declined:
             if by in promised.get(name, ()):
@@ -242,7 +252,8 @@ class Session:
             )
         for one in self.passes:
             told = str(one)
-            if one == type(one).identity() or any(told in site.passes for site in self.report.sites):
+            fits = any(told in site.passes or (f"{told}: " in site.reason and CHANGES_NOTHING in site.reason) for site in self.report.sites)
+            if fits or one == type(one).identity():
                 continue
             raise NotApplicableError(f"{told} fits none of the {len(self.report.sites)} attention sites: {self._reasons(told)}")
 
@@ -333,6 +344,7 @@ class Entry:
         # nn.Module leaves `_compiled_call_impl` behind when it is copied; `_rewrite_entry` travels and puts it back.
         self.module.__dict__["_rewrite_entry"] = self
         self.module.__dict__["_compiled_call_impl"] = self
+        self.module.__dict__["compile"] = self.refuse
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if ACTIVE.call is not None:
@@ -341,16 +353,43 @@ class Entry:
 
     @torch._dynamo.disable(reason="a rewritten model compiles itself; give rewrite() the backend instead")  # type: ignore[untyped-decorator, no-untyped-call]
     def enter(self, *arguments: Any, **keywords: Any) -> Any:
-        if not self.session.prepared:
-            self.session.prepare(arguments, keywords)
-            self.session.register_parameters()
-            self.session.install()
-        self.session.warm_up(self.module, self.prefix, arguments, keywords)
-        if self.runner is None:
-            # What the analysis compiled is what runs.
-            captured = self.session.runner if self.prefix == "" else None
-            self.runner = captured or Runner(self.session, self.module, self.prefix)
-        return self.runner.run(arguments, keywords)
+        try:
+            return self._ready(arguments, keywords).run(arguments, keywords)
+        except Exception as error:
+            # Dynamo leaves code alone for good that it once failed to trace; the next call is traced anew.
+            self.runner = self.session.runner = None
+            own = self._own_error(arguments, keywords) if isinstance(error, torch._dynamo.exc.TorchDynamoException) else None
+            if own is None:
+                raise
+            raise own from None
+
+    def _ready(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Runner:
+        session = self.session
+        with _SETTING_UP:
+            if not session.prepared:
+                session.prepare(arguments, keywords)
+                session.register_parameters()
+                session.install()
+            session.warm_up(self.module, self.prefix, arguments, keywords)
+            if self.runner is None:
+                # What the analysis compiled is what runs.
+                captured = session.runner if self.prefix == "" else None
+                self.runner = captured or Runner(session, self.module, self.prefix)
+            return self.runner
+
+    def _own_error(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Exception | None:
+        """What the model as it is raises for inputs that Dynamo failed on, or None."""
+        try:
+            with _SETTING_UP:
+                self.session.seen.clear()
+                self.session.warm_up(self.module, self.prefix, arguments, keywords)
+        except Exception as error:
+            return error
+        return None
+
+    def refuse(self, *arguments: Any, **keywords: Any) -> None:
+        """Stands in for `nn.Module.compile`, which would put the original in the place of the rewritten model."""
+        raise RewriteError("a rewritten model compiles itself: give rewrite() the backend, rewrite(model, passes, backend='inductor')")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "runner": None}
