@@ -17,7 +17,7 @@ from typing import Literal, Self
 
 import torch
 
-from rewrite.ir import AttentionInputs, Exit, Fits, NotApplicableError, Pass, Program, parameter, register_pass
+from rewrite.ir import CHANGES_NOTHING, AttentionInputs, Exit, Fits, NotApplicableError, Pass, Program, parameter, register_pass
 
 
 @register_pass
@@ -76,7 +76,7 @@ class TokenExit(Pass):
         elif leaving:
             otherwise = f"it comes before layer {layer}, where the visual tokens leave"
         else:
-            otherwise = f"the visual tokens leave after its stack's {depth} layers, which changes nothing"
+            otherwise = f"the visual tokens leave after its stack's {depth} layers, which {CHANGES_NOTHING}"
         for site in sites:
             if site not in leaving:
                 program = program.with_declined(site, str(self), against[site.name] or otherwise)

@@ -14,12 +14,13 @@ from rewrite.ir.operations import (
     SinkGroups,
     Sum,
 )
-from rewrite.ir.passes import PHASES, AttentionInputs, Family, Fits, Pass, parameter
+from rewrite.ir.passes import CHANGES_NOTHING, PHASES, AttentionInputs, Family, Fits, Pass, parameter
 from rewrite.ir.program import Exit, Program
 from rewrite.ir.registry import as_passes, available_passes, parse_pass, pass_class, register_pass
 from rewrite.ir.site import Site, TokenLayout
 
 __all__ = [
+    "CHANGES_NOTHING",
     "INDICES",
     "NK",
     "NQ",

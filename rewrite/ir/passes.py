@@ -19,6 +19,9 @@ from rewrite.ir.site import Site
 
 Family = Literal["prune", "redistribute", "sparsify", "linearize"]
 
+# In the reason of a site that is left alone because the pass, as set, is the identity there; a pass list of such is no error.
+CHANGES_NOTHING = "changes nothing"
+
 # The order in which passes run, whatever order they are asked in: later families build on what earlier ones left.
 PHASES: tuple[frozenset[Family], ...] = (
     frozenset({"prune"}),
@@ -143,7 +146,7 @@ class Pass(ABC):
             program = (
                 program.with_site(changed, str(self))
                 if changed != site
-                else program.with_declined(site, str(self), "the setting changes nothing here")
+                else program.with_declined(site, str(self), f"the setting {CHANGES_NOTHING} here")
             )
         return program
 

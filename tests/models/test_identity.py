@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import pytest
+import sympy
 import torch
 
-from rewrite import available_passes, explain
+from rewrite import AttentionInputs, Fits, Pass, Site, available_passes, explain
+from rewrite.ir import NK, J
 from tests.models.architectures import ARCHITECTURES, IMPLEMENTATIONS, Architecture, call, rewritten
 
 IDENTITIES = [cls.identity() for cls in available_passes() if cls.identity() is not None]
@@ -43,3 +47,34 @@ def test_every_site_is_found_and_described(architecture: Architecture, implement
         assert {site.token_layout for site in vision} == {f"{architecture.prefix} prefix + grid {height}x{width}"}
         assert [(token.grid, token.prefix) for token in report.tokens if token.grid] == [(architecture.grid, architecture.prefix)]
     assert any(token.visual for token in report.tokens) == architecture.visual
+
+
+@dataclass(frozen=True)
+class SeesEverything(Pass):
+    """Rewrites every site to what it is already: a static mask that hides nothing. What is tested is recognition and lowering."""
+
+    name = "sees_everything"
+    family = "sparsify"
+    paper = "none; a test"
+    formula = "a' = a"
+    fits = Fits(kinds=frozenset({"self", "cross"}))
+
+    def transform(self, site: Site) -> Site:
+        return site.with_operations(replace(site.attend, mask=sympy.And(site.attend.mask, J <= NK)))
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        return attention.logits.softmax(-1) @ attention.value
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_every_site_lowered_as_itself_computes_the_same(architecture: Architecture, implementation: str) -> None:
+    model, inputs = architecture.build(implementation), architecture.inputs()
+    changed = rewritten(model, [SeesEverything()], inputs)
+    assert changed.rewrite_report.counts()["rewritten"] == architecture.sites
+    # Rows of padding attend to nothing; what they hold is nobody's, and differs between torch's own kernels.
+    real = inputs["attention_mask"].bool() if "attention_mask" in inputs else ...
+    for expected, actual in zip(call(model, inputs), call(changed, inputs), strict=True):
+        rows = real if isinstance(real, torch.Tensor) and expected.shape[:2] == real.shape else ...
+        budget = 256 * architecture.sites * torch.finfo(torch.float32).eps * expected[rows].abs().max()
+        assert (actual - expected)[rows].abs().max() <= budget
