@@ -20,8 +20,8 @@ from rewrite.ir.program import Exit, Program
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
 from rewrite.notes import Note
-from rewrite.recognise.operators import canonical, hinted_shape, value_of
-from rewrite.recognise.regions import NearMiss
+from rewrite.recognise.operators import canonical, hinted_shape, module_path, value_of
+from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.sites import Found, Recognition, recognise
 from rewrite.tokens.gather import gather_tokens, kept_positions
 from rewrite.tokens.layout import PatchEmbedding, patch_grid
@@ -129,7 +129,7 @@ class Rewriter:
         record = Record(
             program=program,
             recognition=recognition,
-            misses=recognition.misses,
+            misses=recognition.misses + self._enclosed(module),
             patches=patches,
             before=before,
             after=graph_cost(graph, work.shapes) if changed else before,
@@ -139,6 +139,20 @@ class Rewriter:
             merges=bool(visual_merges(graph_module.graph)),
         )
         return RewrittenGraph(module, work.extras, work.produced, record, changed)
+
+    def _enclosed(self, module: fx.GraphModule) -> list[NearMiss]:
+        """Attention in a body that an operator of the graph runs by itself, as gradient checkpointing does; it is left alone."""
+        misses: list[NearMiss] = []
+        for node in module.graph.nodes:
+            if not isinstance(node.target, torch._ops.HigherOrderOperator):
+                continue
+            for name in (argument.target for argument in node.all_input_nodes if argument.op == "get_attr"):
+                body = getattr(module, name, None)
+                regions, missed = find_regions(body.graph) if isinstance(body, fx.GraphModule) else ([], [])
+                reason = f"it runs inside {node.target.__name__}, whose body is not rewritten; switch gradient checkpointing off"
+                paths = [self.qualify(module_path(region.core)) for region in regions] + [self.qualify(miss.module) for miss in missed]
+                misses += [NearMiss(node.name, path, reason) for path in paths]
+        return misses
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:

@@ -33,6 +33,8 @@ ADDED = "rewrite_added"
 # traced with them is traced without. Falling back to the original model at a recompilation limit would be a silent change, so it fails.
 _SETTINGS: dict[str, Any] = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 _LIMITS: dict[str, Any] = {
+    # A hook that is put on a module later is called, as it would be in the original.
+    "skip_nnmodule_hook_guards": False,
     # Image sizes, batch sizes, prefill and decode, training and evaluation, with and without gradients: more than Dynamo's default of 8.
     "recompile_limit": 64,
     "accumulated_recompile_limit": 1024,
@@ -227,6 +229,9 @@ class Session:
                 f"{', '.join(astray)}: the grid of these tokens is not known in this call, which was captured behind the patch embedding; "
                 "call the model itself instead of a module or a method inside it (TORCH_LOGS=graph_breaks shows where a capture was cut)"
             )
+        for miss in record.misses:
+            if promised.get(miss.module):
+                raise ModelCallError(f"in this call {miss.module} cannot run with {', '.join(promised[miss.module])}: {miss.reason}")
         lost: dict[str, list[str]] = {}
         for name, by, reason in record.program.declined:
             if by in promised.get(name, ()):

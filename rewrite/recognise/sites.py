@@ -61,7 +61,8 @@ def recognise(
     has_visual_cache: whether a KV cache entry is known to hold visual tokens. proofs: results of earlier verifications, by structure.
     """
     proofs = {} if proofs is None else proofs
-    regions, misses = find_regions(graph)
+    regions, missed = find_regions(graph)
+    misses = [replace(miss, module=qualify(miss.module)) for miss in missed]
     recognition = Recognition(misses=misses)
     taken: Counter[str] = Counter()
     merges = visual_merges(graph)
