@@ -182,11 +182,11 @@ def _back_through_index(node: fx.Node, source: fx.Node, axes: Axes) -> tuple[fx.
     return source, regroup(axes, hinted_shape(source))
 
 
-def origin(node: fx.Node, axes: Axes, rank: int = 4) -> tuple[fx.Node, Axes]:
+def origin(node: fx.Node, axes: Axes, needed: Axis = (), rank: int = 4) -> tuple[fx.Node, Axes]:
     """The tensor to read an operand from: back through views to where shared heads appear once.
 
     Of all the tensors on the way, the nearest of those with the fewest elements (an expansion makes more) and, among them, of the
-    IR's own rank where there is one.
+    IR's own rank where there is one. A tensor that lacks an index of `needed`, being the same along it, is not gone back to.
     """
     candidates = [(node, resolve(axes))]
     while True:
@@ -199,6 +199,8 @@ def origin(node: fx.Node, axes: Axes, rank: int = 4) -> tuple[fx.Node, Axes]:
         node, axes = step
         candidates.append((node, axes))
     resolved = [(place, resolve(found)) for place, found in candidates]
+    whole = [(place, found) for place, found in resolved if set(leaves(needed)) <= {atom for axis in found for atom in axis}]
+    resolved = whole or resolved[:1]
     fewest = min(_elements(found) for _, found in resolved)
     smallest = [(place, found) for place, found in resolved if _elements(found) == fewest]
     return next((entry for entry in smallest if len(entry[1]) == rank), smallest[0])

@@ -28,7 +28,7 @@ from rewrite.recognise.index_algebra import (
 )
 from rewrite.recognise.operators import argument, canonical, hinted_shape, module_path, spelled, value_of
 from rewrite.recognise.region import NearMissError, Operand, Region, is_symbolic, layout_of, reduced_layout
-from rewrite.recognise.score import ScoreReader, contract, find_contraction, number
+from rewrite.recognise.score import ScoreReader, blockers, contract, find_contraction, number
 
 # What may stand between the map and its contraction with the values.
 _AFTER_MAP = frozenset({"dropout", "cast", "contiguous", "clone", "reshape", "transpose", "permute", "flatten", "unflatten", "expand"})
@@ -150,7 +150,8 @@ def _spelt_out(softmax: fx.Node, product: fx.Node, weights: fx.Node) -> Region:
     assert isinstance(source, fx.Node)
     first = find_contraction(source)
     if first is None:
-        raise NearMissError("no contraction of queries with keys was found in front of the softmax")
+        stands = ", ".join(f"{node.name} ({spelled(node)})" for node in blockers(source))
+        raise NearMissError(f"no contraction of queries with keys was found in front of the softmax: {stands} stands there")
     contraction = contract(first)
     shape = hinted_shape(softmax)
     axes: Axes = tuple(fresh(f"s{place}", extent) for place, extent in enumerate(shape))
@@ -190,7 +191,7 @@ def _spelt_out(softmax: fx.Node, product: fx.Node, weights: fx.Node) -> Region:
     width = tuple(
         atom for axis in resolve(second.out) for atom in axis if atom in value_set and atom not in map_atoms and atom not in contracted
     )
-    channels = _channels((query, query_axes), depth) | _channels((key, key_axes), depth)
+    channels = set(leaves((*_channels((query, query_axes), depth), *_channels((key, key_axes), depth))))
     alone = [atom for atom in map_atoms if atom in query_set and atom not in key_set and atom not in value_set]
     rows = _rows(alone, channels, contraction.out)
     lead = _batch_and_heads(contraction.lead, _leading(axes, rows, normalised), channels)
@@ -357,14 +358,18 @@ def _assemble(
     query_node, query_axes, query_factor = _through_scale(*query)
     key_node, key_axes, key_factor = _through_scale(*key)
     score = sympy.expand(score.subs(QK, QK * query_factor * key_factor)) if query_factor * key_factor != 1 else score
+    in_front = tuple(atom for axis in (lead[:-1] if len(lead) > 1 else lead) for atom in axis)
     located = {
-        "query": origin(query_node, query_axes),
-        "key": origin(key_node, key_axes),
-        "value": origin(*value),
+        "query": origin(query_node, query_axes, (*in_front, *(lead[-1] if len(lead) > 1 else ()), *rows, *depth)),
+        "key": origin(key_node, key_axes, (*in_front, *columns, *depth)),
+        "value": origin(*value, (*in_front, *columns, *width)),
     }
-    heads = leaves(lead[-1]) if len(lead) > 1 else ()
-    batch = tuple(atom for axis in (lead[:-1] if len(lead) > 1 else lead) for atom in leaves(axis))
+    heads, batch = leaves(lead[-1]) if len(lead) > 1 else (), leaves(in_front)
     held = {name: {atom for axis in resolve(axes) for atom in axis} for name, (_, axes) in located.items()}
+    for name, (node, _) in located.items():
+        if not set(batch) <= held[name] or (name == "query" and not set(heads) <= held[name]):
+            along = "rows of the batch" if set(batch) - held[name] else "heads"
+            raise NearMissError(f"{node.name}, the {name}, is the same for several {along}")
     shared = tuple(atom for atom in heads if atom in held["key"])
     if shared != tuple(atom for atom in heads if atom in held["value"]):
         raise NearMissError("keys and values have different heads")

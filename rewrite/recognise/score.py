@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ _CONTRACTIONS = frozenset({"matmul", "baddbmm", "einsum"})
 _UNCHANGED = frozenset({"cast", "contiguous", "clone"})
 # What a score may be made of on the way from the contraction to the normaliser.
 _ELEMENTWISE = frozenset({"add", "sub", "mul", "div", "masked_fill", "where"})
+
+# What reads a tensor's shape and type and none of its numbers.
+_SHAPE_ONLY = frozenset({"full_like", "zeros_like", "ones_like", "empty_like", "new_full", "new_zeros", "new_ones", "new_empty"})
 
 
 @dataclass
@@ -61,19 +65,26 @@ def number(value: Any) -> sympy.Expr | None:
 
 def find_contraction(node: fx.Node) -> fx.Node | None:
     """The contraction that a score comes from, through views and elementwise operators."""
+    return next((end for end in _ends(node) if canonical(end) in _CONTRACTIONS), None)
+
+
+def blockers(node: fx.Node) -> list[fx.Node]:
+    """The operators at which the way back from a score ends where it meets no contraction."""
+    return [end for end in _ends(node) if end.op != "placeholder"] or [node]
+
+
+def _ends(node: fx.Node) -> Iterator[fx.Node]:
+    """Where the ways back from a score end, the first operands' first."""
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        if canonical(current) in _CONTRACTIONS:
-            return current
-        passes_through = canonical(current) in _ELEMENTWISE | _UNCHANGED or _is_view(current)
-        if not passes_through:
+        if canonical(current) not in _ELEMENTWISE | _UNCHANGED and not _is_view(current):
+            yield current
             continue
         for source in reversed(current.all_input_nodes):
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
-    return None
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -168,10 +179,26 @@ class ScoreReader:
             self._depends[node] = through and any(self.depends(source) for source in node.all_input_nodes)
         return self._depends[node]
 
+    def _computed_from_scores(self, node: fx.Node) -> bool:
+        """True where a tensor comes from the contraction by anything else than what a score may be made of."""
+        contraction, stack, seen = self.contraction.node, [node], {node}
+        while stack:
+            current = stack.pop()
+            if current is contraction:
+                return True
+            if spelled(current) in _SHAPE_ONLY or not isinstance(value_of(current), torch.Tensor):
+                continue
+            earlier = [source for source in current.all_input_nodes if source not in seen and not source < contraction]
+            seen.update(earlier)
+            stack += earlier
+        return False
+
     def _leaf(self, node: fx.Node, axes: Axes) -> sympy.Symbol:
         for name, (known, _) in self.leaves.items():
             if known is node:
                 return sympy.Symbol(name)
+        if self._computed_from_scores(node):
+            raise NearMissError(f"{node.name} ({spelled(node)}) computes a part of the score from the scores themselves")
         name = f"t{len(self.leaves)}"
         self.leaves[name] = (node, axes)
         return sympy.Symbol(name)

@@ -399,6 +399,20 @@ SPELLINGS: tuple[Spelling, ...] = (
         "cross",
     ),
     Spelling(
+        "queries of a parameter",
+        lambda: CrossAttention(lambda self, q, k, v: weighted(self.bias[None, :, :, :1].expand(B, H, N, D), k, v)),
+        lambda: (x(), x(tokens=M)),
+        sizes(Nk=M),
+        "cross",
+    ),
+    Spelling(
+        "queries of a parameter, sdpa",
+        lambda: CrossAttention(lambda self, q, k, v: scaled_dot_product_attention(self.bias[None, :, :, :1].expand(B, H, N, D), k, v)),
+        lambda: (x(), x(tokens=M)),
+        sizes(Nk=M),
+        "cross",
+    ),
+    Spelling(
         "one query, one row, one head",
         lambda: CrossAttention(lambda self, q, k, v: weighted(q, k, v), heads=1),
         lambda: (x(1, 1), x(1, M)),

@@ -1,0 +1,165 @@
+"""What is no attention that can be rewritten is left alone and said to be so; what only has a softmax in it is not mentioned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from capture import Capture, recognised, relowered
+from spellings import SCALE, Attention, B, C, H, N, bmm, weighted, x
+from torch import Tensor, nn
+from torch.nn.functional import softmax
+
+from rewrite.ir.passes import Fits
+
+Score = Callable[..., Tensor]
+
+
+def scored(score: Callable[[Attention, Tensor], Tensor]) -> Attention:
+    return Attention(lambda self, q, k, v: weighted(q, k, v, lambda s: score(self, s)))
+
+
+class TalkingHeads(Attention):
+    """Scores mixed over heads by a linear map or a convolution before the softmax, or weights after it."""
+
+    def __init__(self, kind: str, before: bool) -> None:
+        super().__init__(self.attend)
+        self.kind, self.before = kind, before
+        self.mix = nn.Linear(H, H, bias=False)
+        self.conv = nn.Conv2d(H, H, 1)
+
+    def mixed(self, weights: Tensor) -> Tensor:
+        if self.kind == "conv":
+            return self.conv(weights)
+        return self.mix(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    def attend(self, _: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-2, -1) * SCALE
+        weights = softmax(self.mixed(scores) if self.before else scores, dim=-1)
+        return (weights if self.before else self.mixed(weights)) @ v
+
+
+BETWEEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "cumsum": (lambda: scored(lambda self, s: s.cumsum(-1)), "cumsum"),
+    "clamp": (lambda: scored(lambda self, s: s.clamp(max=5.0)), "clamp"),
+    "sigmoid": (lambda: scored(lambda self, s: s * torch.sigmoid(s)), "from the scores themselves"),
+    "linear over heads": (lambda: TalkingHeads("linear", True), ""),
+    "convolution over heads": (lambda: TalkingHeads("conv", True), ""),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_what_stands_between_scores_and_softmax_is_a_near_miss(name: str) -> None:
+    make, said = BETWEEN[name]
+    recognition = recognised(make(), x())
+    assert recognition.found == []
+    (miss,) = recognition.misses
+    assert miss.node
+    assert said in miss.reason
+    assert "not confirmed" not in miss.reason  # it was not read at all
+
+
+def test_a_near_miss_is_left_as_it_was() -> None:
+    model = TalkingHeads("linear", True)
+    value = x()
+    with torch.no_grad():
+        expected = model(value)
+    actual, capture = relowered(model, value)
+    assert torch.equal(actual, expected)
+    assert len(capture.recognition.misses) == 1
+
+
+def test_wrong_group_layout_is_a_near_miss() -> None:
+    """Heads of keys repeated as blocks, [k0 k1 k0 k1]: no consecutive groups."""
+    model = Attention(lambda self, q, k, v: weighted(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)), shared=2)
+    expanded = Attention(
+        lambda self, q, k, v: weighted(q, *(part[:, None].expand(B, 2, 2, N, 8).reshape(B, H, N, 8) for part in (k, v))),
+        shared=2,
+    )
+    (found,) = recognised(model, x()).found
+    assert found.site.dims["Hkv"] == H  # `repeat` copies; the copies are heads of their own
+    recognition = recognised(expanded, x())
+    assert recognition.found == []
+    (miss,) = recognition.misses
+    assert "consecutive groups" in miss.reason
+
+
+class Classifier(nn.Module):
+    """Softmaxes that are no attention: class probabilities, and a gate of a mixture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.gate = nn.Linear(C, 10), nn.Linear(C, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.head(x.mean(1)).softmax(-1), (softmax(self.gate(x), -1)[..., None] * x[..., None, :]).sum(-2)
+
+
+def test_a_classifier_is_not_listed() -> None:
+    recognition = recognised(Classifier(), x())
+    assert recognition.found == []
+    assert recognition.misses == []
+
+
+class Escaping(nn.Module):
+    """Also returns the map, or something computed from it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v = (nn.Linear(C, C) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = (project(x).view(B, N, H, -1).transpose(1, 2) for project in (self.q, self.k, self.v))
+        weights = softmax(q @ k.transpose(-2, -1) * SCALE, dim=-1)
+        out = nn.functional.dropout(weights, 0.1, self.training) @ v
+        if self.kind == "returned":
+            return out, weights
+        if self.kind == "averaged":
+            return out, weights.mean(1)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["returned", "averaged"])
+def test_a_map_that_escapes_is_seen_and_declined(kind: str) -> None:
+    recognition = recognised(Escaping(kind).eval(), x())
+    (found,) = recognition.found
+    assert found.site.map_read
+    assert found.region.map_readers
+    reason = Fits().reason_against(found.site)
+    assert reason is not None
+    assert "map is read elsewhere" in reason
+
+
+def test_a_map_that_does_not_escape_fits() -> None:
+    (found,) = recognised(Escaping("").eval(), x()).found
+    assert not found.site.map_read
+    assert Fits().reason_against(found.site) is None
+
+
+def test_active_dropout_is_declined() -> None:
+    (found,) = recognised(Escaping("").train(), x()).found
+    assert found.site.dropout == 0.1
+    assert "dropout" in str(Fits().reason_against(found.site))
+
+
+def test_queries_broadcast_over_the_batch_are_a_near_miss() -> None:
+    recognition = recognised(
+        Attention(lambda self, q, k, v: weighted(self.bias[None, :, :, :1] * torch.ones(8), k, v)), torch.randn(B, N, C)
+    )
+    assert recognition.found == []
+
+
+def test_merged_heads_of_symbolic_sizes_are_a_near_miss() -> None:
+    """Sizes that change from call to call must not be written into the graph as they were traced."""
+    capture = Capture(lower=True)
+    model = Attention(bmm)
+    compiled = torch.compile(model, backend=capture, fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        value = x(3, tokens)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(value), model(value))
+    assert all(not recognition.found for recognition in capture.recognitions)
+    assert all("symbolic" in recognition.misses[0].reason for recognition in capture.recognitions)
