@@ -26,6 +26,15 @@ def _interpret() -> None:
         return multiply(builder, widened(a), widened(b), *rest)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):  # type: ignore[no-untyped-def]
+        patch(tensor, scope)
+        # Triton 3.6 converts an array of one element, which numpy 2.5 refuses; 3.7 does what stands here.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_with_index
     torch.set_num_threads(1)
 
 

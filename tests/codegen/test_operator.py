@@ -37,8 +37,12 @@ def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     operation = forms.grouped()
     torch._dynamo.reset()
 
+    text, names = operation.to_json(), tuple(operation.tensors())
+
     def model(values: dict[str, torch.Tensor]) -> torch.Tensor:
-        return attend(operation, values["query"] * 2, values["key"], values["value"], values).sin()
+        # As a rewritten graph calls it.
+        tensors = [values[name] for name in names]
+        return torch.ops.rewrite.attend(values["query"] * 2, values["key"], values["value"], tensors, text)[0].sin()
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="inductor")
     for shape in (SHAPE, Shape(n_queries=31, n_keys=45)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rewrite import Pass, explain, parse_pass, rewrite
-from rewrite.session import Runner, Session
+from rewrite.session import Session
 from tests.models.architectures import BY_NAME, IMPLEMENTATIONS, call, outputs, rewritten, same_gradients
 from tests.models.oracles import attention_replaced_by, by_reference
 
@@ -21,7 +21,7 @@ def recognised_sites(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) ->
     session = Session(model, (), "eager")
     session.record = lambda record: sites.extend(record.program.sites)  # type: ignore[method-assign]
     with torch.no_grad():
-        Runner(session, model, "").run((), inputs)
+        session._capture((), inputs)
     return sites
 
 
