@@ -88,6 +88,12 @@ class RunningCall:
             yield
 
 
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_running() -> bool:
+    """Whether a rewritten model's call runs in this thread; in a capture, whether the capture is ours."""
+    return ACTIVE.call is not None
+
+
 def running() -> Call:
     return ACTIVE.call if ACTIVE.call is not None else NoCall()
 
@@ -109,6 +115,7 @@ class Session:
     proofs: dict[str, str | None] = field(default_factory=dict)
     added: dict[str, Parameter] = field(default_factory=dict)
     gridded: set[str] = field(default_factory=set)
+    declined: list[tuple[str, str, str]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
     failure: RewriteError | None = None
     runner: Runner | None = None
@@ -161,6 +168,7 @@ class Session:
         self.warm_up(self.root, "", arguments, keywords)
         with _untouched(self.root):
             self.report = Report(tuple(str(one) for one in self.passes))
+            self.gridded, self.declined = set(), []
             self._recording = True
             try:
                 self._capture(arguments, keywords)
@@ -202,6 +210,7 @@ class Session:
                 raise
             told = str(error).strip().splitlines()[0]
             self.settings = {}
+            self.gridded, self.declined = set(), []
             self.report = Report(self.report.passes, notes=[f"captured without capture_scalar_outputs, which failed: {told}"])
             self.runner = Runner(self, self.root, "")
             self.runner.run(_copied(arguments), _copied(keywords))
@@ -210,6 +219,7 @@ class Session:
         """Take in what happened to one graph."""
         if self._recording:
             self.report.add(record)
+            self.declined += record.program.declined
             self.gridded |= {site.name for site in record.program.sites if site.layout.grid is not None}
         else:
             self._check_kept(record)
@@ -265,10 +275,9 @@ class Session:
     def _reasons(self, told: str) -> str:
         """Why a pass fits no site: each reason once, with the sites it holds for."""
         names: dict[str, list[str]] = {}
-        for site in self.report.sites:
-            for reason in site.reason.split("; "):
-                if reason.startswith(f"{told}: "):
-                    names.setdefault(reason.removeprefix(f"{told}: "), []).append(site.qualified_name)
+        for name, by, reason in self.declined:
+            if by == told:
+                names.setdefault(reason, []).append(name)
         return "; ".join(f"{', '.join(sites)}: {reason}" for reason, sites in names.items())
 
     # Installation
@@ -349,10 +358,12 @@ class Entry:
         # nn.Module leaves `_compiled_call_impl` behind when it is copied; `_rewrite_entry` travels and puts it back.
         self.module.__dict__["_rewrite_entry"] = self
         self.module.__dict__["_compiled_call_impl"] = self
+        # Dynamo, which inlines `forward` when somebody else compiles a caller of the module, takes `module(...)` for what it is by this.
+        self.module.__dict__["__call__"] = self.__call__
         self.module.__dict__["compile"] = self.refuse
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        if ACTIVE.call is not None:
+        if _is_running():
             return _original(self.module, arguments, keywords)
         return self.enter(*arguments, **keywords)
 

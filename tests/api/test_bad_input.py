@@ -47,8 +47,8 @@ def left_alone(model: nn.Module, *inputs: Any) -> Iterator[None]:
         (["agent(tokens=__import__('os').getpid())"], PassError, ["never evaluated"]),
         (["__import__('os').abort()"], PassError, ["write name or name(parameter=literal"]),
         (["agent(tokens=9)", "token_exit(layer=1)"], NotApplicableError, ["token_exit(layer=1)", "blocks.0.attn, blocks.1.attn", "visual"]),
-        (["agent(tokens=10)"], NotApplicableError, ["blocks.0.attn, blocks.1.attn", "7x7", "9 or 16 would"]),
-        (["agent(layers=[5])"], NotApplicableError, ["agent(layers=(5,))", "blocks.0.attn, blocks.1.attn"]),
+        (["agent(tokens=10)"], NotApplicableError, ["agent(tokens=10)", "blocks.0.attn", "blocks.1.attn", "7x7", "9 or 16 would"]),
+        (["agent(layers=[5])"], NotApplicableError, ["agent(layers=(5,))", "blocks.0.attn: it is layer 0", "blocks.1.attn: it is layer 1"]),
     ],
 )
 def test_pass_lists(passes: list[Any], error: type[Exception], words: list[str], inplace: bool) -> None:
@@ -120,9 +120,9 @@ def test_rewriting_twice() -> None:
     inputs = images()
     changed = rewrite(deit(), PASSES, example_inputs=(inputs,))
     for again in (changed, changed.blocks, nn.Sequential(changed, nn.ReLU())):
-        with left_alone(changed, inputs), pytest.raises(RewriteError, match="rewritten already.*all the passes in one list"):
+        with left_alone(changed, inputs), pytest.raises(RewriteError, match=r"rewritten already.*all the passes in one list"):
             rewrite(again, PASSES, example_inputs=(inputs,), inplace=True)
-    with pytest.raises(RewriteError, match="model.rewrite_report"):
+    with pytest.raises(RewriteError, match=r"model.rewrite_report"):
         explain(changed, (inputs,))
 
 
@@ -135,7 +135,7 @@ def test_added_parameters_need_example_inputs() -> None:
 def test_what_is_no_rewritten_model_has_no_kernels() -> None:
     with pytest.raises(RewriteError, match=r"was not rewritten; kernels\(\) takes what rewrite\(\) returned"):
         kernels(deit())
-    with pytest.raises(TypeError, match="nn.Module, not function"):
+    with pytest.raises(TypeError, match=r"nn.Module, not function"):
         rewrite(lambda value: value, PASSES)  # type: ignore[type-var]
 
 
@@ -172,7 +172,7 @@ def test_switched_off_compilation_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     changed = rewrite(model, PASSES, example_inputs=(inputs,))
     expected = run(changed, inputs)
     with torch.compiler.set_stance("force_eager"):
-        with pytest.raises(ModelCallError, match="torch.compile is switched off here.*set_stance"):
+        with pytest.raises(ModelCallError, match=r"torch.compile is switched off here.*set_stance"):
             run(changed, inputs)
         with pytest.raises(ModelCallError, match="switch it on"):
             rewrite(model, PASSES, example_inputs=(inputs,))
@@ -198,7 +198,7 @@ def test_entering_behind_the_patch_embedding_is_refused() -> None:
     """Agents are pooled over a grid; a call that does not show it would pool them along a line."""
     inputs = images()
     changed = rewrite(deit(), PASSES, example_inputs=(inputs,))
-    with pytest.raises(ModelCallError, match="blocks.0.attn, blocks.1.attn: the grid of these tokens is not known.*call the model itself"):
+    with pytest.raises(ModelCallError, match=r"blocks.0.attn, blocks.1.attn: the grid of these tokens is not known.*call the model itself"):
         changed.forward_features(inputs)
     run(changed, inputs)
 
@@ -210,5 +210,5 @@ def test_a_cropped_cache() -> None:
         cache = changed(**inputs).past_key_values
         cache.crop(-2)
         mask = torch.ones(2, inputs["input_ids"].shape[1] - 1, dtype=torch.long)
-        with pytest.raises(ModelCallError, match="cropped.*start again from the prompt with a new cache"):
+        with pytest.raises(ModelCallError, match=r"cropped.*start again from the prompt with a new cache"):
             changed(input_ids=torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=cache)
