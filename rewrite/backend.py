@@ -12,6 +12,7 @@ from rewrite.compiled import CompiledGraph, NoCall
 from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import NotApplicableError, PassError
 from rewrite.ir.registry import as_passes
+from rewrite.lower.program import Allowed
 
 _OPTIONS = frozenset({"passes", "backend"})
 
@@ -30,7 +31,7 @@ def rewrite_backend(
     if unknown or "passes" not in given:
         raise PassError(f"backend 'rewrite' takes options passes=[...] and backend=...; got {', '.join(map(repr, given)) or 'none'}")
     passes = as_passes(given["passes"])
-    compiled = CompiledGraph(graph_module, Rewriter(passes, may_note_caches=False), given.get("backend", "eager"), NoCall, _check)
+    compiled = CompiledGraph(graph_module, Rewriter(passes, allowed=Allowed(notes=False)), given.get("backend", "eager"), NoCall, _check)
     compiled.prepare(inputs)
     return compiled
 

@@ -23,6 +23,7 @@ from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
 from rewrite.ir.operations import Parameter
 from rewrite.ir.passes import CHANGES_NOTHING, Pass
+from rewrite.lower.program import Allowed
 from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
 from rewrite.report import Report
 
@@ -303,8 +304,7 @@ class Runner:
             passes=session.passes,
             qualify=lambda path: ".".join(part for part in (prefix, path) if part),
             proofs=session.proofs,
-            added=session.added,
-            may_add_parameters=session.may_add_parameters,
+            allowed=Allowed(parameters=session.may_add_parameters, added=session.added),
         )
 
         def backend(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -1,0 +1,293 @@
+"""A program into its graph: every changed site lowered, tokens cut where they leave, and what the graph takes and gives beside.
+
+What is given beside: parameters that passes add, and what is known of KV cache entries (see `rewrite.notes`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+import codegen
+from rewrite.ir.errors import ModelCallError, NotApplicableError
+from rewrite.ir.operations import Parameter, SinkGroups
+from rewrite.ir.program import Exit, Program
+from rewrite.lower import functions
+from rewrite.lower.lowering import lower_site
+from rewrite.notes import Note
+from rewrite.recognise.operators import canonical, hinted_shape, value_of
+from rewrite.recognise.sites import Found, Recognition
+from rewrite.tokens.gather import gather_tokens, kept_positions
+from rewrite.tokens.placement import Selection
+from rewrite.tokens.surgery import push_selections
+from rewrite.tokens.visual import visual_mask_node
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A value that a rewritten graph takes beside the traced inputs.
+
+    kind "parameter": the added parameter `name`. "positions", "length", "groups": from the note of the cache entry that is input `index`.
+    """
+
+    kind: str
+    name: str = ""
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class Produced:
+    """A value that a rewritten graph returns beside the traced outputs: "positions", "length" or "groups" of the entries `outputs`."""
+
+    kind: str
+    outputs: tuple[int, ...]
+
+
+@dataclass
+class Allowed:
+    """What a graph may ask of whoever runs it, and the parameters it asked for so far, by full name."""
+
+    parameters: bool = False
+    notes: bool = True
+    added: dict[str, Parameter] = field(default_factory=dict)
+
+
+class ProgramLowering:
+    """Lowers one program into one graph."""
+
+    def __init__(
+        self,
+        allowed: Allowed,
+        module: fx.GraphModule,
+        placeholders: list[fx.Node],
+        notes: Mapping[int, Note],
+        recognition: Recognition,
+        program: Program,
+    ) -> None:
+        self.allowed, self.graph = allowed, module.graph
+        self.placeholders, self.notes = placeholders, notes
+        self.recognition, self.program = recognition, program
+        self.extras: list[Extra] = []
+        self.produced: list[Produced] = []
+        self.kernels: list[codegen.Kernel] = []
+        self.shapes: dict[fx.Node, dict[int, int]] = {}
+        self.lowered: set[str] = set()
+        self.gone: dict[int, int] = {}
+        self._kept: dict[fx.Node, int] = {}
+        self._added_outputs: list[fx.Node | int] = []
+        self._masks: dict[fx.Node, fx.Node] = {}
+        self._parameters: dict[str, fx.Node] = {}
+        self.output = next(node for node in self.graph.nodes if node.op == "output")
+
+    def run(self) -> bool:
+        names = dict.fromkeys(name for name, _ in self.program.touched)
+        originals = {entry.site.name: entry for entry in self.recognition.found}
+        sites = {site.name: site for site in self.program.sites}
+        changed = False
+        for name in names:
+            if sites[name].body != originals[name].site.body:
+                self._lower(originals[name], sites[name])
+                changed = True
+        self._emit(originals, sites)
+        if self.program.exits or any(note.positions is not None for note in self.notes.values()):
+            self._exit()
+            changed = True
+        if self._added_outputs:
+            self.output.args = ((*self.output.args[0], *self._added_outputs),)
+        return changed
+
+    # Sites
+
+    def _lower(self, entry: Found, site: Any) -> None:
+        given: dict[str, fx.Node] = {}
+        for parameter in site.body.parameters:
+            given[parameter.name] = self._parameter(f"{site.name}.{parameter.name}", parameter)
+        groups = [operation for operation in site.body.operations if isinstance(operation, SinkGroups)]
+        if groups:
+            if entry.stream is None:
+                raise NotApplicableError(f"{site.name}: the hidden states that enter its layer were not found")
+            given["hidden"] = entry.stream
+            given["visual"] = self._visual(entry)
+            cached = self._cached_groups(entry)
+            if cached is not None:
+                given["cached_groups"] = cached
+        self.lowered.add(site.name)
+        lowered = lower_site(self.graph, site, entry.region, given)
+        if groups:
+            outputs = self._cache_outputs(entry.region.key.node)
+            if outputs:
+                self._require_notes(site.name)
+                self.produced.append(Produced("groups", outputs))
+                self._added_outputs.append(lowered.values[groups[0].result])
+
+    def _parameter(self, name: str, parameter: Any) -> fx.Node:
+        if not self.allowed.parameters:
+            raise NotApplicableError(
+                f"{name}: the pass adds parameters to the model, which needs rewrite(model, passes, example_inputs=...)"
+            )
+        self.allowed.added[name] = parameter
+        if name not in self._parameters:
+            self._parameters[name] = self._extra(Extra("parameter", name=name))
+        return self._parameters[name]
+
+    def _extra(self, extra: Extra) -> fx.Node:
+        last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(f"rewrite_{extra.kind}_{len(self.extras)}")
+        self.extras.append(extra)
+        return node
+
+    def _visual(self, entry: Found) -> fx.Node:
+        """[B, N] bool: which of the new tokens are visual."""
+        assert entry.stream is not None
+        if entry.merge is not None:
+            if entry.merge.node not in self._masks:
+                self._masks[entry.merge.node] = visual_mask_node(self.graph, entry.merge)
+            return self._masks[entry.merge.node]
+        with self.graph.inserting_after(entry.stream):
+            return self.graph.call_function(functions.no_visual, (entry.stream,))
+
+    def _cached_groups(self, entry: Found) -> fx.Node | None:
+        for cached in entry.cache:
+            index = self.placeholders.index(cached)
+            note = self.notes.get(index)
+            if note is not None and note.groups is not None:
+                groups = self._extra(Extra("groups", index=index))
+                length = self._extra(Extra("length", index=index))
+                with self.graph.inserting_after(length):
+                    return self.graph.call_function(functions.padded_groups, (groups, length))
+        return None
+
+    def _cache_outputs(self, node: fx.Node) -> tuple[int, ...]:
+        """Positions among the graph's outputs of the cache entry that a site's keys or values are read from."""
+        results = list(self.output.args[0])
+        chain = {node}
+        current = node
+        while canonical(current) in ("reshape", "expand", "getitem", "transpose", "permute", "contiguous", "unsqueeze", "cast"):
+            source = current.args[0]
+            if not isinstance(source, fx.Node):
+                break
+            current = source
+            chain.add(current)
+        return tuple(index for index, result in enumerate(results) if isinstance(result, fx.Node) and result in chain)
+
+    def _require_notes(self, site: str) -> None:
+        if not self.allowed.notes:
+            raise NotApplicableError(
+                f"{site}: the passes keep something beside the KV cache, which torch.compile(backend='rewrite') has no place for; "
+                "use rewrite(model, passes), or call the model with use_cache=False"
+            )
+
+    def _emit(self, originals: Mapping[str, Found], sites: Mapping[str, Any]) -> None:
+        """One kernel per distinct attention of the rewritten sites."""
+        members: dict[str, list[tuple[str, Any]]] = {}
+        for name, site in sites.items():
+            if site.body != originals[name].site.body:
+                for operation in site.body.attends():
+                    members.setdefault(operation.to_json(), []).append((name, operation))
+        for entries in members.values():
+            names = tuple(dict.fromkeys(name for name, _ in entries))
+            passes = tuple(dict.fromkeys(by for name in names for by in self.program.passes_of(sites[name])))
+            self.kernels.append(codegen.emit(entries[0][1], names, passes))
+
+    # Tokens
+
+    def _exit(self) -> None:
+        seeds: dict[fx.Node, dict[int, Selection]] = {}
+        short: set[fx.Node] = set()
+        results = list(self.output.args[0])
+        for exit_ in self.program.exits:
+            entries = [entry for entry in self.recognition.found if entry.site.stack == exit_.stack]
+            leaving = [entry for entry in entries if entry.site.layer >= exit_.layer]
+            for entry in leaving:
+                for operand in (entry.region.key, entry.region.value):
+                    short |= {results[index] for index in self._cache_outputs(operand.node)}
+            if leaving and leaving[0].merge is not None:
+                seeds.update(self._leave(leaving[0], exit_))
+        noted = {self.placeholders[index] for index, note in self.notes.items() if note.positions is not None}
+        for entry in self.recognition.found:
+            if noted & set(entry.cache):
+                for operand in (entry.region.key, entry.region.value):
+                    short |= {results[index] for index in self._cache_outputs(operand.node)}
+        seeds.update(self._short_caches())
+        if not seeds:
+            return
+        if short:
+            self._require_notes(self.program.exits[0].by if self.program.exits else "token_exit")
+        pushed = push_selections(self.graph, seeds, frozenset(short))
+        self.shapes = {node: self._kept_sizes(axes) for node, axes in pushed.axes.items()}
+        by_selection: dict[tuple[Any, Any], list[int]] = {}
+        for node, selection in pushed.short.items():
+            indices = [index for index, result in enumerate(self.output.args[0]) if result is node]
+            by_selection.setdefault((selection.positions, selection.length), []).extend(indices)
+        for (positions, length), indices in by_selection.items():
+            self.produced.append(Produced("positions", tuple(indices)))
+            self._added_outputs.append(positions)
+            self.produced.append(Produced("length", tuple(indices)))
+            self._added_outputs.append(length)
+
+    def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
+        return {axis: self._kept[selection.positions] for axis, selection in axes.items() if selection.positions in self._kept}
+
+    def _leave(self, entry: Found, exit_: Exit) -> dict[fx.Node, dict[int, Selection]]:
+        """Cut the residual stream in front of a layer to the tokens that stay."""
+        stream, merge = entry.stream, entry.merge
+        if stream is None or merge is None:
+            raise NotApplicableError(f"{entry.site.name}: the residual stream in front of it was not found, so no token can leave there")
+        if merge.source is None:
+            raise NotApplicableError(
+                f"{entry.site.name}: how many visual tokens there are cannot be read off the shapes at {merge.node.name}; "
+                f"{exit_.by} needs the number to be fixed"
+            )
+        mask = self._visual(entry)
+        users = [user for user in stream.users if user.op != "output"]
+        batch, tokens, _ = hinted_shape(stream)
+        features = hinted_shape(merge.source)
+        with self.graph.inserting_after(stream):
+            kept = self.graph.call_function(tokens_kept, (stream, merge.source))
+        with self.graph.inserting_after(kept):
+            positions = self.graph.call_function(kept_positions, (mask, kept))
+        with self.graph.inserting_after(positions):
+            cut = self.graph.call_function(gather_tokens, (stream, positions, 1))
+        with self.graph.inserting_after(kept):
+            length = self.graph.call_method("size", (stream, 1))
+        cut.meta["example_value"] = value_of(stream)
+        cut.meta["nn_module_stack"] = stream.meta.get("nn_module_stack")
+        for user in users:
+            user.replace_input_with(stream, cut)
+        self.gone[exit_.stack] = math.prod(features[:-1]) // batch
+        self._kept[positions] = tokens - self.gone[exit_.stack]
+        return {cut: {1: Selection(positions=positions, length=length, kept=kept)}}
+
+    def _short_caches(self) -> dict[fx.Node, dict[int, Selection]]:
+        """Cache entries that earlier calls left short, as seeds."""
+        seeds: dict[fx.Node, dict[int, Selection]] = {}
+        shared: dict[int, Selection] = {}
+        for index, note in self.notes.items():
+            if note.positions is None:
+                continue
+            if id(note.positions) not in shared:
+                positions = self._extra(Extra("positions", index=index))
+                length = self._extra(Extra("length", index=index))
+                with self.graph.inserting_after(length):
+                    kept = self.graph.call_method("size", (positions, 1))
+                shared[id(note.positions)] = Selection(positions=positions, length=length, kept=kept)
+                self._kept[positions] = note.positions.shape[1]
+            seeds[self.placeholders[index]] = {2: shared[id(note.positions)]}
+        return seeds
+
+
+def tokens_kept(stream: torch.Tensor, features: torch.Tensor) -> int:
+    """How many tokens of each row stay when all visual ones leave: stream [B, N, C], features [..., C] of all rows together."""
+    batch, tokens, width = stream.shape
+    visual = features.numel() // width
+    if visual % batch:
+        raise ModelCallError(
+            f"{visual} visual tokens cannot be shared evenly by {batch} rows; token_exit needs the same number in every row of a batch"
+        )
+    return int(tokens - visual // batch)
