@@ -11,11 +11,12 @@ from torch import nn
 
 import codegen
 from rewrite.compiled import InnerBackend
+from rewrite.entry import install, session_of
 from rewrite.ir.errors import PassError, RewriteError
 from rewrite.ir.passes import Pass
 from rewrite.ir.registry import as_passes
 from rewrite.report import Report
-from rewrite.session import Session, session_of
+from rewrite.session import Session
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 Passes = Sequence[str | Pass] | str | Pass
@@ -56,7 +57,7 @@ def rewrite(
     if example_inputs is not None:
         session.prepare(arguments, keywords)
         session.register_parameters()
-    session.install()
+    install(session)
     return target
 
 

@@ -1,0 +1,175 @@
+"""Runs one module rewritten: a call, its stand-ins for short caches, and the compiled function behind it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils import _python_dispatch
+
+from rewrite.compiled import Call, CompiledGraph, NoCall
+from rewrite.dry_run import call_original
+from rewrite.engine import Rewriter
+from rewrite.ir.errors import ModelCallError, RewriteError
+from rewrite.lower.program import Allowed
+from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
+from rewrite.observers import observers_aside
+
+if TYPE_CHECKING:
+    from rewrite.session import Session
+
+# Scoped to our own calls. Falling back to the original model at a recompilation limit would be a silent change, so it fails.
+_LIMITS: dict[str, Any] = {
+    # A hook that is put on a module later is called, as it would be in the original.
+    "skip_nnmodule_hook_guards": False,
+    # Image sizes, batch sizes, prefill and decode, training and evaluation, with and without gradients: more than Dynamo's default of 8.
+    "recompile_limit": 64,
+    "accumulated_recompile_limit": 1024,
+    "fail_on_recompile_limit_hit": True,
+}
+
+_NUMBERS = itertools.count()
+
+
+class _Active(threading.local):
+    """The call that runs in this thread."""
+
+    call: RunningCall | None = None
+
+
+ACTIVE = _Active()
+
+
+@dataclass
+class RunningCall:
+    """One call of a rewritten model: the stand-ins it was given, and the cache entries it returns."""
+
+    session: Session
+    behind: dict[int, tuple[torch.Tensor, Note]] = field(default_factory=dict)
+    produced: list[tuple[torch.Tensor, Note]] = field(default_factory=list)
+    modes: list[Any] = field(default_factory=list)
+    graphs: int = 0
+    merged: bool = False
+
+    def noted(self, value: torch.Tensor) -> tuple[torch.Tensor, Note] | None:
+        return self.behind.get(storage_of(value)) if self.behind else None
+
+    def produce(self, value: torch.Tensor, note: Note) -> None:
+        self.produced.append((value, note))
+
+    def parameter(self, name: str) -> torch.Tensor:
+        return self.session.parameter(name)
+
+    @contextlib.contextmanager
+    def graph(self, merges: bool) -> Iterator[None]:
+        """Around the execution of one graph: the dispatch modes (a FLOP counter, say) that were set aside see what it does."""
+        self.graphs += 1
+        self.merged |= merges
+        with contextlib.ExitStack() as stack:
+            for mode in self.modes:
+                _python_dispatch._push_mode(mode)
+                stack.callback(_python_dispatch._pop_mode, getattr(mode, "_mode_key", None))
+            yield
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def is_running() -> bool:
+    """Whether a rewritten model's call runs in this thread; in a capture, whether the capture is ours."""
+    return ACTIVE.call is not None
+
+
+def running() -> Call:
+    return ACTIVE.call if ACTIVE.call is not None else NoCall()
+
+
+class Runner:
+    """Runs one module of a session rewritten."""
+
+    def __init__(self, session: Session, module: nn.Module, prefix: str) -> None:
+        self.session = session
+        rewriter = Rewriter(
+            passes=session.passes,
+            qualify=lambda path: ".".join(part for part in (prefix, path) if part),
+            proofs=session.proofs,
+            allowed=Allowed(parameters=session.may_add_parameters, added=session.added),
+        )
+
+        def backend(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            compiled = CompiledGraph(graph_module, rewriter, session.backend, running, session.record)
+            try:
+                compiled.prepare(inputs)
+            except RewriteError as error:
+                session.failure = error
+                raise
+            return compiled
+
+        self.compiled = torch.compile(_own_function(module), backend=backend)
+
+    def run(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """The module's result, computed by its rewritten graphs."""
+        session = self.session
+        call = RunningCall(session)
+        replaced = list(_put_stand_ins(session.notes, call, (arguments, keywords)))
+        ACTIVE.call = call
+        try:
+            with torch._dynamo.config.patch({**session.settings, **_LIMITS}), observers_aside() as modes:
+                call.modes = modes
+                result = self.compiled(*arguments, **keywords)
+        except torch._dynamo.exc.BackendCompilerFailed:
+            failure, session.failure = session.failure, None
+            if failure is None:
+                raise
+            raise failure from None
+        finally:
+            ACTIVE.call = None
+            for slot, put in replaced:
+                _take_back(slot, put)
+        if not call.graphs:
+            raise ModelCallError(
+                "nothing of this call went through the compiler: torch.compile is switched off here (TORCH_COMPILE_DISABLE, "
+                "TORCHDYNAMO_DISABLE or torch.compiler.set_stance), so the model ran as it was; switch it on, or call the original model"
+            )
+        if call.produced:
+            session.notes.write((arguments, keywords, result), call.produced)
+        return result
+
+
+def _own_function(module: nn.Module) -> Callable[..., Any]:
+    """A function that calls the module, with a code object of its own: Dynamo's caches and limits are per code object."""
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return call_original(module, arguments, keywords)
+
+    # A name of its own too: Dynamo remembers by file, line and name which sizes it saw change, and one model's are not another's.
+    name = f"rewritten_{next(_NUMBERS)}"
+    return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
+
+
+def _put_stand_ins(notes: CacheNotes, call: RunningCall, arguments: Any) -> Iterator[tuple[Slot, torch.Tensor]]:
+    """Replace noted cache entries in the arguments; yields what was put where."""
+    if not notes.by_owner and not notes.by_tensor:
+        return
+    for slot in list(slots(arguments)):
+        note = notes.read(slot)
+        if note is None or slot.put is None:
+            continue
+        # An entry from which no token left is itself its stand-in, so that the model's code reads it as before.
+        put = slot.tensor if note.positions is None else stand_in(slot.tensor, note.length)
+        call.behind[storage_of(put)] = (slot.tensor, note)
+        if put is not slot.tensor:
+            slot.put(put)
+            yield slot, put
+
+
+def _take_back(slot: Slot, put: torch.Tensor) -> None:
+    """Put the real entry back where the model's code left the stand-in."""
+    held = slot.owner[slot.key] if isinstance(slot.owner, dict | list) else vars(slot.owner).get(slot.key)
+    if held is put and slot.put is not None:
+        slot.put(slot.tensor)
