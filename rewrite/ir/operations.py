@@ -13,7 +13,7 @@ from functools import lru_cache
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from rewrite.ir.expression import from_json, mass, tensors_in, to_json
+from rewrite.ir.expression import from_json, tensors_in, to_json
 
 
 @dataclass(frozen=True)
@@ -201,8 +201,3 @@ class Body:
     def attends(self) -> tuple[Attend, ...]:
         """The attention operations, in order."""
         return tuple(operation for operation in self.operations if isinstance(operation, Attend))
-
-
-def mass_symbols(groups: Groups) -> dict[str, sympy.Symbol]:
-    """name of a group -> the symbol its weights are written in."""
-    return {name: mass(name) for name in groups.names}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +18,10 @@ from rewrite.recognise.operators import value_of
 from rewrite.recognise.region import Region
 
 
-@dataclass
-class Lowered:
-    """What lowering one site added to the graph: the nodes of its body by IR name."""
+def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
+    """Replace the region's output by the site's body, and return the body's nodes by IR name.
 
-    values: dict[str, fx.Node] = field(default_factory=dict)
-
-
-def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, fx.Node]) -> Lowered:
-    """Replace the region's output by the site's body; every new node gets the value it would have been traced with.
+    Every new node gets the value it would have been traced with.
 
     given: nodes for operands that are not the region's own ("hidden", "visual", "cached_groups") and for added parameters, by IR name.
     The nodes that the region no longer needs are left to dead-code elimination.
@@ -57,7 +51,7 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
             _trace(node)
     result.meta["example_value"] = value_of(region.output)
     region.output.replace_all_uses_with(result)
-    return Lowered(values)
+    return values
 
 
 def _trace(node: fx.Node) -> None:

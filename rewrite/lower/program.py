@@ -123,7 +123,7 @@ class ProgramLowering:
             if outputs:
                 self._require_notes(site.name)
                 self.produced.append(Produced("groups", outputs))
-                self._added_outputs.append(lowered.values[groups[0].result])
+                self._added_outputs.append(lowered[groups[0].result])
 
     def _parameter(self, name: str, parameter: Any) -> fx.Node:
         if not self.allowed.parameters:

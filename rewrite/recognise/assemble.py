@@ -36,6 +36,11 @@ def assemble(
     tensors: dict[str, tuple[fx.Node, Axes]],
     dropout: float,
 ) -> Region:
+    """The region of an attention whose tensors and axes are given.
+
+    families: the axes of batch and heads, of queries, keys, channels and value channels. tensors: what the score and the mask read, by the
+    symbol they are written with. Raises `NearMissError` where an operand's axes do not fit the IR.
+    """
     lead, rows, columns, depth, width = families
     query_node, query_axes, query_factor = through_scale(*query)
     key_node, key_axes, key_factor = through_scale(*key)

@@ -68,7 +68,6 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "cast": ("to", "float", "half", "bfloat16", "double", "type", "type_as"),
     "contiguous": ("contiguous",),
     "clone": ("clone",),
-    "mT": ("t",),
 }
 
 _BY_FUNCTION: dict[Any, str] = {function: name for name, functions in _FUNCTIONS.items() for function in functions}
