@@ -16,7 +16,7 @@ from codegen.launching import dot_precision
 from codegen.names import identifiers
 from codegen.tiles import power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import tensors_in
+from rewrite.ir.expression import letters, tensors_in
 from rewrite.ir.operations import Attend
 
 Fact = TypeVar("Fact")
@@ -112,8 +112,9 @@ def compile_kernel(
         "BLOCK_K": tile.block_k,
         "PRECISION": dot_precision(dtype),
     }
+    axes_of = {name: letters(indices) or "" for name, indices in attend.tensors().items()}
     # As for contiguous tensors, whose last stride is one; a launch finds that and makes it a constant too.
-    constants |= {f"{operand}_stride_{axes[-1]}": 1 for operand, axes in _by_identifier(attend, attend.tensors()).items() if axes}
+    constants |= {f"{operand}_stride_{axes[-1]}": 1 for operand, axes in _by_identifier(attend, axes_of).items() if axes}
     constants["lse_stride_i"] = 1
     types = {"query": dtype, "key": dtype, "value": dtype, "out": dtype, "lse": torch.float32}
     types |= {"starts": torch.int32, "blocks": torch.int32, **_by_identifier(attend, tensor_types(attend, dtype, tensor_dtypes))}

@@ -16,6 +16,7 @@ from codegen.kernel import kernel_for
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
 from rewrite.ir.errors import RewriteError
+from rewrite.ir.expression import letters
 from rewrite.ir.operations import Attend
 
 
@@ -23,7 +24,9 @@ def _named(
     operation: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The tensors by name. Raises `RewriteError` where an operand does not fit the operation."""
-    axes_of = operation.tensors()
+    if operation.unusual or any(letters(indices) is None for indices in operation.tensors().values()):
+        raise RewriteError(f"it {', '.join(operation.unusual)}: there is no lowering for this yet")
+    axes_of = {name: letters(indices) or "" for name, indices in operation.tensors().items()}
     sizes = {"b": query.shape[0], "h": query.shape[1], "i": query.shape[2], "j": key.shape[2]}
     if not query.dtype == key.dtype == value.dtype:
         raise RewriteError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; cast them to one dtype")

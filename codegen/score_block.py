@@ -15,7 +15,7 @@ import torch
 from codegen.masks import split_mask
 from codegen.visits import Visit
 from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import QK
+from rewrite.ir.expression import QK, letters
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import aligned, evaluate_expression
 
@@ -65,8 +65,8 @@ class ScoreBlock:
             "Nq": query.shape[2],
             "Nk": key.shape[2],
         }
-        for name, axes in attend.tensors().items():
-            part = visit.keys(visit.queries(aligned(tensors[name], axes), 2), 3)
+        for name, indices in attend.tensors().items():
+            part = visit.keys(visit.queries(aligned(tensors[name], letters(indices) or ""), 2), 3)
             self.values[name] = part.to(self.dtype) if part.is_floating_point() else part
 
     def read_dot(self, query: torch.Tensor, key: torch.Tensor) -> None:

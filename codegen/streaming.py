@@ -22,7 +22,7 @@ from sympy.logic.boolalg import Boolean
 from codegen.masks import split_mask
 from codegen.names import identifiers
 from codegen.triton_printer import triton_text
-from rewrite.ir.expression import QK, conjuncts, tensors_in
+from rewrite.ir.expression import QK, conjuncts, letters, tensors_in
 from rewrite.ir.operations import Attend, Groups
 
 LOG2_E = math.log2(math.e)
@@ -45,7 +45,7 @@ class StreamingKernel:
 
     @cached_property
     def tensors(self) -> dict[str, str]:
-        return self.attend.tensors()
+        return {name: letters(indices) or "" for name, indices in self.attend.tensors().items()}
 
     @cached_property
     def ids(self) -> dict[str, str]:
@@ -98,7 +98,7 @@ class StreamingKernel:
 
     def _outside_loop(self, part: str, expressions: tuple[sympy.Basic, ...]) -> list[str]:
         """Loads of what does not change with j, for the expressions that read it."""
-        names = [name for name, axes in tensors_in(*expressions).items() if "j" not in axes]
+        names = [name for name in tensors_in(*expressions) if "j" not in self.tensors[name]]
         return [f"    {self.ids[name]}_{part} = {self._load(name, part)}{self._cast(name)}" for name in names]
 
     def _cast(self, name: str) -> str:
@@ -187,7 +187,7 @@ class StreamingKernel:
         attend = self.attend
         static, dynamic = split_mask(attend.mask)
         names = self._inside_names()
-        reads = [name for name, axes in tensors_in(attend.score, dynamic).items() if "j" in axes]
+        reads = [name for name in tensors_in(attend.score, dynamic) if "j" in self.tensors[name]]
         lines = [
             "key_rows = key + start * key_stride_j + columns[None, :] * key_stride_j + lanes[:, None]",
             "in_keys = columns >= 0",

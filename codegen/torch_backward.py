@@ -21,7 +21,7 @@ from codegen.group_block import GroupBlock
 from codegen.score_block import ScoreBlock, accumulation_dtype, derivative, dot, softmax, sum_over_queries, weighted_sum
 from codegen.torch_streaming import blockwise_visits
 from codegen.visits import Visit
-from rewrite.ir.expression import QK, tensor
+from rewrite.ir.expression import QK, letters, tensor
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import aligned
 
@@ -70,7 +70,7 @@ def attend_gradients(
     dtype = accumulation_dtype(query.dtype)
     d_query, d_key, d_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (query, key, value))
     axes = attend.tensors()
-    gradients = [TensorGradient(name, axes[name], tensors[name]) for name in wanted]
+    gradients = [TensorGradient(name, letters(axes[name]) or "", tensors[name]) for name in wanted]
     for visit in blockwise_visits(attend, query, key):
         rows, keys, values = visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype), visit.keys(value, 2).to(dtype)
         d_rows = visit.queries(grad_out, 2).to(dtype)

@@ -5,8 +5,14 @@ A site's arithmetic is sympy over a closed vocabulary, so that one printer per t
     qk            the dot product  sum_d query[b,h,i,d] * key[b,h,j,d]
     b, h, i, j    batch, query head, query and key positions (integers from 0)
     Nq, Nk        numbers of queries and keys (known when the kernel is launched)
-    name[b,h,i,j] a tensor operand, indexed by some of b, h, i, j in that order
+    name[...]     a tensor operand, read at some of b, h, i, j in that order, or at integer expressions in them, one per axis:
+                  rel_h[b,h,i,floor(j/14)] reads a position table by the row of the key. An axis of size 1 is read at 0 whatever its
+                  index, and an index outside an axis is clamped to it (reads that must not happen are guarded by a Piecewise).
+    w             inside `Attend.weight` only: the normalised weight of (b, h, i, j)
     mass_<group>  inside `Groups.weights` only: the softmax mass of that group of keys for (b, h, i), summing to one over groups
+
+A tensor is read at one index tuple only within an operation, so that its name says which value is meant. The axes of a matrix that mixes
+heads are g, the head that results, and h, the head that is read; g occurs nowhere else.
 
 The JSON form exists because a kernel's description travels through a graph as a string argument, and text is never evaluated here.
 """
@@ -23,8 +29,15 @@ QK = sympy.Symbol("qk", real=True)
 B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)
 NQ, NK = sympy.symbols("Nq Nk", integer=True, positive=True)
 
+W = sympy.Symbol("w", real=True)
+G = sympy.Symbol("g", integer=True, nonnegative=True)
+
 INDICES: Mapping[str, sympy.Symbol] = {"b": B, "h": H, "i": I, "j": J}
-_SYMBOLS: Mapping[str, sympy.Symbol] = {"qk": QK, "Nq": NQ, "Nk": NK, **INDICES}
+_SYMBOLS: Mapping[str, sympy.Symbol] = {"qk": QK, "w": W, "Nq": NQ, "Nk": NK, **INDICES}
+_IN_AN_INDEX = frozenset({B, H, I, J, NQ, NK})
+
+# Where a tensor operand is read: one index per axis.
+Indices = tuple[sympy.Expr, ...]
 
 # What the names of the groups' masses begin with.
 _MASS = "mass_"
@@ -60,18 +73,49 @@ def tensor(name: str, axes: str) -> sympy.Indexed:
     return sympy.Indexed(sympy.IndexedBase(name, real=True), *(INDICES[axis] for axis in axes))
 
 
+def read(name: str, *indices: sympy.Expr | int) -> sympy.Indexed:
+    """The operand `name` read at one integer expression per axis, for example ``read("rel_h", B, H, I, sympy.floor(J / 14))``.
+
+    Raises `ValueError` where an index is not an integer expression in b, h, i, j, Nq and Nk.
+    """
+    places = tuple(sympy.sympify(index) for index in indices)
+    for place in places:
+        if not place.is_integer or not place.free_symbols <= _IN_AN_INDEX:
+            raise ValueError(f"{name} cannot be read at {place}: an index is an integer expression in b, h, i, j, Nq and Nk")
+    return sympy.Indexed(sympy.IndexedBase(name, real=True), *places)
+
+
+def letters(indices: Indices) -> str | None:
+    """ "bij" and so on where every index is one of b, h, i, j, in that order and each once; None for any other indices."""
+    names = "".join(str(index) for index in indices if index in INDICES.values())
+    return names if len(names) == len(indices) and list(names) == sorted(set(names), key="bhij".index) else None
+
+
 def mass(group: str) -> sympy.Symbol:
     """The softmax mass of a group of keys, for one (batch, head, query): a number in [0, 1]."""
     return sympy.Symbol(f"{_MASS}{group}", real=True, nonnegative=True)
 
 
-def tensors_in(*expressions: sympy.Basic) -> dict[str, str]:
-    """Every tensor operand read by the expressions, in order of name: name -> its axes, such as "bij"."""
-    found: dict[str, str] = {}
+def tensors_in(*expressions: sympy.Basic) -> dict[str, Indices]:
+    """Every tensor operand read by the expressions, in order of name: name -> where it is read.
+
+    Raises `ValueError` where one name is read at two places.
+    """
+    found: dict[str, Indices] = {}
     for expression in expressions:
-        for read in expression.atoms(sympy.Indexed):
-            found[str(read.base.label)] = "".join(str(index) for index in read.indices)
+        for each in expression.atoms(sympy.Indexed):
+            name, places = str(each.base.label), tuple(each.indices)
+            if found.setdefault(name, places) != places:
+                both = " and at ".join(sorted(f"[{', '.join(map(str, indices))}]" for indices in (found[name], places)))
+                raise ValueError(f"{name} is read at {both}; give the second read a name of its own")
     return dict(sorted(found.items()))
+
+
+def symbols_in(expression: sympy.Basic) -> set[sympy.Symbol]:
+    """The symbols an expression reads, those of its tensors' indices included; a tensor's own name is none."""
+    reads = {each: sympy.Dummy(real=True) for each in expression.atoms(sympy.Indexed)}
+    rest: set[sympy.Symbol] = expression.xreplace(reads).free_symbols - set(reads.values())
+    return rest.union(*(index.free_symbols for each in reads for index in each.indices))
 
 
 def to_json(expression: sympy.Basic) -> Any:
@@ -91,7 +135,9 @@ def to_json(expression: sympy.Basic) -> Any:
             raise TypeError(f"the symbol {expression.name} is not in the vocabulary of attention expressions")
         return ["Symbol", expression.name]
     if isinstance(expression, sympy.Indexed):
-        return ["Tensor", str(expression.base.label), "".join(str(index) for index in expression.indices)]
+        plain = letters(expression.indices)
+        places = plain if plain is not None else [to_json(index) for index in expression.indices]
+        return ["Tensor", str(expression.base.label), places]
     if isinstance(expression, sympy.Piecewise):
         return ["Piecewise", *([to_json(value), to_json(condition)] for value, condition in expression.args)]
     name = type(expression).__name__
@@ -117,7 +163,8 @@ def from_json(value: Any) -> Any:
             raise TypeError(f"the symbol {name} is not in the vocabulary of attention expressions")
         return _SYMBOLS[name] if name in _SYMBOLS else mass(name.removeprefix(_MASS))
     if head == "Tensor":
-        return tensor(*arguments)
+        name, places = arguments
+        return tensor(name, places) if isinstance(places, str) else read(name, *(from_json(index) for index in places))
     if head == "Piecewise":
         return sympy.Piecewise(*((from_json(piece), from_json(condition)) for piece, condition in arguments))
     if head not in _OPERATORS:

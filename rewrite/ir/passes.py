@@ -35,7 +35,8 @@ class Fits:
     """The sites a pass can work on; whatever is not asked for here is allowed.
 
     causal: required value, or None for either. grid, visual, hidden: the site must have a 2-D grid, visual tokens among its keys, the
-    hidden states of its layer's input. cached: sites that read a KV cache are fine.
+    hidden states of its layer's input. cached: sites that read a KV cache are fine. unusual: so are sites that are not softmax attention
+    alone: mixed heads, sink logits, other normalisers, changed weights (`Attend.unusual`); the pass must keep these parts.
     """
 
     kinds: frozenset[str] = frozenset({"self"})
@@ -44,6 +45,7 @@ class Fits:
     visual: bool = False
     hidden: bool = False
     cached: bool = True
+    unusual: bool = False
 
     def reason_against(self, site: Site) -> str | None:
         """Why a site does not fit, in words, or None."""
@@ -55,6 +57,7 @@ class Fits:
             (self.visual and not site.layout.visual, "no visual tokens were found among its keys"),
             (self.hidden and "hidden" not in site.operands, "the hidden states that enter its layer were not found"),
             (not self.cached and site.cached, "it reads a KV cache"),
+            (not self.unusual and bool(site.unusual), f"it {', '.join(site.unusual)}; the pass is for plain softmax attention"),
             (site.dropout > 0, f"its attention dropout is {site.dropout:g} in training; set it to 0, the kernels have none"),
             (site.map_read, "its attention map is read elsewhere in the model (output_attentions?)"),
         )

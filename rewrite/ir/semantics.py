@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -15,7 +15,9 @@ import torch
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 from torch.nn import functional
 
-from rewrite.ir.operations import Attend, Body, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Sum
+from rewrite.ir.errors import RewriteError
+from rewrite.ir.expression import I, Indices, J, letters
+from rewrite.ir.operations import Attend, Body, DepthwiseConv, GridBias, Groups, HeadMix, Operation, Pool, SinkGroups, Sum
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site
 
@@ -126,8 +128,8 @@ def evaluate_expression(expression: sympy.Basic, values: Mapping[str, Value]) ->
         return values[str(expression.base.label)]
     if isinstance(expression, sympy.floor):
         numerator, denominator = sympy.fraction(sympy.together(expression.args[0]))
-        if denominator.is_Integer and denominator != 1:
-            return evaluate_expression(numerator, values) // int(denominator)
+        if denominator != 1 and numerator.is_integer and denominator.is_integer:
+            return evaluate_expression(numerator, values) // evaluate_expression(denominator, values)
     if isinstance(expression, sympy.Rel):
         expression = without_fractions(expression)
     if isinstance(expression, sympy.Piecewise):
@@ -149,6 +151,27 @@ def aligned(tensor: torch.Tensor, axes: str) -> torch.Tensor:
     return tensor.reshape(shape)
 
 
+def read_at(tensor: torch.Tensor, indices: Indices, values: Mapping[str, Value]) -> torch.Tensor:
+    """A tensor read at its indices, as one that broadcasts against [B, H, Nq, Nk].
+
+    values: of b, h, i, j, Nq and Nk, as far as the indices need them. An index outside its axis is clamped to it, so that an axis of
+    size 1 is read at 0.
+    """
+    plain = letters(indices)
+    if plain is not None:
+        return aligned(tensor, plain)
+    return tensor[places_of(tensor.shape, indices, values, tensor.device)]
+
+
+def places_of(shape: Sequence[int], indices: Indices, values: Mapping[str, Value], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """The indices as numbers, one tensor per axis of `shape`, broadcasting against [B, H, Nq, Nk] and clamped to the axis."""
+    found: list[torch.Tensor] = []
+    for index, size in zip(indices, shape, strict=True):
+        place = torch.as_tensor(evaluate_expression(index, values) if size > 1 else 0, device=device)
+        found.append(place.clamp(0, size - 1).view((1,) * (4 - place.dim()) + place.shape))
+    return tuple(found)
+
+
 def positions(n_queries: int, n_keys: int, device: torch.device, queries: slice = slice(None)) -> dict[str, Value]:
     """Values of i, j, Nq and Nk for evaluating expressions, optionally for some of the queries only."""
     return {
@@ -159,29 +182,69 @@ def positions(n_queries: int, n_keys: int, device: torch.device, queries: slice 
     }
 
 
+def all_positions(sizes: Sequence[int], device: torch.device) -> dict[str, Value]:
+    """`positions`, and those of b and h, for sizes (B, H, Nq, Nk)."""
+    batch, heads, n_queries, n_keys = sizes
+    rows, planes = torch.arange(batch, device=device).view(-1, 1, 1, 1), torch.arange(heads, device=device).view(1, -1, 1, 1)
+    return {**positions(n_queries, n_keys, device), "b": rows, "h": planes}
+
+
+def mix_heads(mix: HeadMix | None, terms: torch.Tensor, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """terms [B, H, Nq, Nk] -> likewise, ``sum_h matrix[g,h] terms[b,h,i,j] + bias[g]``; unchanged for None."""
+    if mix is None:
+        return terms
+    mixed = torch.einsum("gh,bhij->bgij", values[mix.matrix].to(terms.dtype), terms)
+    return mixed if mix.bias is None else mixed + values[mix.bias].to(terms.dtype).view(-1, 1, 1)
+
+
+def normalised(operation: Attend, scores: torch.Tensor, seen: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
+    """Scores to weights over keys, all [B, H, Nq, Nk]; `sink` [B, H, Nq, 1] is the logit of a key without a value."""
+    if operation.normaliser == "softmax":
+        hidden = scores.masked_fill(~seen, -torch.inf)
+        logits = hidden if sink is None else torch.cat([hidden, sink], dim=-1)
+        # A row of nothing but -inf is NaN: it sees no key.
+        return logits.softmax(-1)[..., : scores.shape[-1]].masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    kept = scores.masked_fill(~seen, 0.0)
+    return kept if operation.normaliser == "none" else _divided(kept, kept.sum(-1, keepdim=True) + operation.epsilon)
+
+
+def _divided(terms: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """terms / total, zeros where the total is zero."""
+    return (terms / total.masked_fill(total == 0, 1.0)).masked_fill(total == 0, 0.0)
+
+
 def attention_weights(operation: Attend, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The map [B, H, Nq, Nk] that `operation` multiplies the values by, groups included."""
+    """The map [B, H, Nq, Nk] that `operation` multiplies the values by, after every step that `Attend` lists."""
     query, key = values[operation.query], values[operation.key]
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     dot = query @ key.transpose(-2, -1)
-    batch, heads, n_queries, n_keys = dot.shape
-    environment: dict[str, Value] = {
-        **positions(n_queries, n_keys, dot.device),
-        "b": torch.arange(batch, device=dot.device).view(-1, 1, 1, 1),
-        "h": torch.arange(heads, device=dot.device).view(1, -1, 1, 1),
-        "qk": dot,
-        **{name: aligned(values[name], axes) for name, axes in operation.tensors().items()},
-    }
-    score = torch.as_tensor(evaluate_expression(operation.score, environment), dtype=dot.dtype, device=dot.device).expand_as(dot)
+    environment: dict[str, Value] = {**all_positions(dot.shape, dot.device), "qk": dot}
+    mixing = {name for mix in operation.mixes for name in (mix.matrix, mix.bias)}
+    read = {name: read_at(values[name], indices, environment) for name, indices in operation.tensors().items() if name not in mixing}
+    environment.update(read)
+
+    def value_of(expression: sympy.Basic, like: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(evaluate_expression(expression, environment), dtype=like.dtype, device=like.device).expand_as(like)
+
+    score = mix_heads(operation.score_mix, value_of(operation.score, dot), values)
     seen = torch.as_tensor(evaluate_expression(operation.mask, environment), device=dot.device).expand_as(dot)
-    weights = score.masked_fill(~seen, -torch.inf).softmax(-1).masked_fill(~seen.any(-1, keepdim=True), 0.0)
-    if operation.groups is None:
-        return weights
-    member = aligned(values[operation.groups.membership], "bj")
-    for index, name in enumerate(operation.groups.names):
+    sink = None if operation.sink is None else value_of(operation.sink, dot[..., :1])
+    weights = mix_heads(operation.weight_mix, normalised(operation, score, seen, sink), values)
+    # A bias of the mix, or another head's mask, would let hidden pairs weigh something.
+    environment["w"] = weights if operation.weight_mix is None else weights.masked_fill(~seen, 0.0)
+    weights = value_of(operation.weight, dot)
+    if operation.renormalised:
+        weights = _divided(weights, weights.sum(-1, keepdim=True))
+    return weights if operation.groups is None else _by_group(operation.groups, weights, environment)
+
+
+def _by_group(groups: Groups, weights: torch.Tensor, environment: dict[str, Value]) -> torch.Tensor:
+    """Weights [B, H, Nq, Nk], each times what its key's group counts."""
+    member = environment[groups.membership]
+    for index, name in enumerate(groups.names):
         environment[f"mass_{name}"] = (weights * (member == index)).sum(-1, keepdim=True)
     factor = torch.zeros_like(weights)
-    for index, weight in enumerate(operation.groups.weights):
+    for index, weight in enumerate(groups.weights):
         chosen = torch.as_tensor(evaluate_expression(weight, environment), dtype=weights.dtype, device=weights.device)
         factor = torch.where(member == index, chosen, factor)
     return weights * factor
@@ -296,12 +359,16 @@ def evaluate_site(
         raise ValueError(f"tokens have left {site.name}; which ones are visual must be given")
     axes = {"query": "bhi", "key": "bhj", "value": "bhj", "hidden": "bi", "visual": "bi"}
     for attend_ in site.body.attends():
-        axes.update(attend_.tensors())
+        for name, indices in attend_.tensors().items():
+            if letters(indices) is None and any({I, J} & index.free_symbols for index in indices):
+                places = ", ".join(map(str, indices))
+                raise RewriteError(f"{name}[{places}] cannot be cut to the tokens that are left of {site.name}: it is read by position")
+            axes[name] = letters(indices) or ""
     queries, rows = operands["query"].shape[2], []
     for row, keep in enumerate(~visual):
         kept = {"i": keep[-queries:].nonzero().flatten(), "j": keep.nonzero().flatten()}
         own = dict(operands)
-        for name in own.keys() & axes.keys():
+        for name in own.keys() & {name for name, letters_ in axes.items() if letters_}:
             for axis, letter in enumerate(axes[name]):
                 index = torch.tensor([row]) if letter == "b" else kept.get(letter)
                 if index is not None and own[name].shape[axis] > 1:

@@ -16,20 +16,40 @@ Kind = Literal["self", "cross"]
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How a site's tokens lie.
+    """How a site's query tokens lie.
 
-    grid: (H, W) of the patches in raster order, or None. prefix: tokens in front of the grid (CLS, registers).
-    visual: True where the sequence holds visual tokens among text, at positions known when the model runs.
+    grid: (H, W) or (T, H, W) of the stream that the tokens belong to, in raster order unless `raster` is False; None where none was found.
+    prefix: tokens in front of the grid (CLS, registers). visual: True where the sequence holds visual tokens among text, at positions known
+    when the model runs.
+    window: the part of the grid that attends to itself, where that is not all of it; the sequence is then one window. partition: whether
+    windows are contiguous, or take every n-th position of the grid (a "grid"). shifted: the grid was rolled before it was cut.
     """
 
     grid: tuple[int, ...] | None = None
     prefix: int = 0
     visual: bool = False
+    window: tuple[int, ...] | None = None
+    partition: Literal["window", "grid"] = "window"
+    shifted: bool = False
+    raster: bool = True
+
+    @property
+    def partial(self) -> str | None:
+        """Why a site's sequence is not the whole grid in order, in words; None where it is, or where no grid is known."""
+        if self.window is not None:
+            return f"it attends in {'dilated ' if self.partition == 'grid' else ''}windows of {_by(self.window)}"
+        return None if self.raster else f"the tokens of its grid {_by(self.grid or ())} are not in raster order"
 
     def __str__(self) -> str:
-        grid = "x".join(map(str, self.grid)) if self.grid else None
-        parts = [f"{self.prefix} prefix" if self.prefix else None, f"grid {grid}" if grid else None]
-        return " + ".join(part for part in parts if part) or ("text with visual tokens" if self.visual else "sequence")
+        parts = [f"{self.prefix} prefix" if self.prefix else None, f"grid {_by(self.grid)}" if self.grid else None]
+        text = " + ".join(part for part in parts if part) or ("text with visual tokens" if self.visual else "sequence")
+        kind = "dilated windows" if self.partition == "grid" else "windows"
+        cut = [f"{kind} {_by(self.window)}" if self.window else None, "shifted" if self.shifted else None]
+        return ", ".join(part for part in (text, *cut, None if self.raster else "reordered") if part)
+
+
+def _by(sizes: tuple[int, ...]) -> str:
+    return "x".join(map(str, sizes))
 
 
 @dataclass(frozen=True)
@@ -71,8 +91,13 @@ class Site:
 
     @property
     def is_plain(self) -> bool:
-        """One softmax attention and nothing else, no groups."""
-        return len(self.body.operations) == 1 and self.attend.groups is None
+        """One plain softmax attention (see `Attend.is_plain`) and nothing else."""
+        return len(self.body.operations) == 1 and self.attend.is_plain
+
+    @property
+    def unusual(self) -> tuple[str, ...]:
+        """What sets the site's attentions apart from plain softmax attention, groups aside: words that follow "it"."""
+        return tuple(dict.fromkeys(said for attend in self.body.attends() for said in attend.unusual))
 
     @property
     def scale(self) -> sympy.Expr:

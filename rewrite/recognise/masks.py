@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from rewrite.ir.expression import conjuncts, tensors_in
-from rewrite.ir.semantics import aligned, evaluate_expression, positions
+from rewrite.ir.semantics import all_positions, evaluate_expression, positions, read_at
 from rewrite.recognise.operators import canonical, hint, value_of
 from rewrite.recognise.region import Region
 
@@ -23,7 +23,8 @@ _HIDDEN = -1e4
 
 def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
     """True where the mask tensors of the region hide every key after the query (queries aligned with the last keys)."""
-    n_queries, n_keys = region.sizes["Nq"], region.sizes["Nk"]
+    sizes = (region.sizes["B"], region.sizes["H"], region.sizes["Nq"], region.sizes["Nk"])
+    n_queries, n_keys = sizes[2:]
     axes = tensors_in(region.score, region.mask)
     values: dict[str, Any] = {}
     has_pairs = False
@@ -32,7 +33,7 @@ def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
         if built is None:
             continue
         has_pairs |= built.ndim >= 2 and built.shape[-2:] == (n_queries, n_keys)
-        values[name] = aligned(operand.layout.apply(built), axes[name])
+        values[name] = read_at(operand.layout.apply(built), axes[name], all_positions(sizes, built.device))
     if not has_pairs:
         return False
     device = next(iter(values.values())).device

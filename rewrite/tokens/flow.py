@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import fx
 
+from rewrite.ir.expression import I, J, letters
 from rewrite.ir.operations import Attend
 from rewrite.tokens import rules
 from rewrite.tokens.placement import example, first_tensor, is_tensor, shape_of
@@ -186,17 +187,21 @@ def _attention(node: fx.Node) -> Flow:
     return Flow(tuple(found), (*batch, "n", "e"), contracted=frozenset({"m"}), normalised=frozenset({"m"}), reduced=frozenset({"d"}))
 
 
-def _attend(node: fx.Node) -> Flow:
+def _attend(node: fx.Node) -> Flow | None:
     """The IR's attention, as a pass left it: its positions are those of the tokens that are there.
 
     query[b, h, n, d] key[b, g, m, d] value[b, g, m, e] tensors[of b h n m] -> [b, h, n, e]
     """
     query, key, value, tensors, text = node.args
     labels: list[tuple[Path, Any, str]] = [(("args", 0), query, "bhnd"), (("args", 1), key, "bgmd"), (("args", 2), value, "bgme")]
-    axes = Attend.from_json(str(text)).tensors().values()
-    for place, (operand, letters) in enumerate(zip(tensors, axes, strict=True)):  # type: ignore[arg-type]
-        labels.append((("args", 3, place), operand, letters.translate(str.maketrans("ij", "nm"))))
-    found = tuple(Operand(path, operand, tuple(letters)) for path, operand, letters in labels)
+    indices = Attend.from_json(str(text)).tensors().values()
+    for place, (operand, where) in enumerate(zip(tensors, indices, strict=True)):  # type: ignore[arg-type]
+        # A tensor that is read by the number of a token would be read for another token once some have left.
+        if letters(where) is None and any({I, J} & index.free_symbols for index in where):
+            return None
+        axes = letters(where) or "xyzw"[: len(where)]
+        labels.append((("args", 3, place), operand, axes.translate(str.maketrans("ij", "nm"))))
+    found = tuple(Operand(path, operand, tuple(axes)) for path, operand, axes in labels)
     return Flow(found, tuple("bhne"), contracted=frozenset("m"), normalised=frozenset("m"), reduced=frozenset("d"))
 
 

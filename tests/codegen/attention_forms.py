@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from rewrite.ir import NK, NQ, QK, Attend, Groups, I, J, mass, tensor
+from rewrite.ir import NK, NQ, QK, Attend, Groups, I, J, letters, mass, tensor
 
 SCALE = sympy.Float(0.125)
 
@@ -103,7 +103,7 @@ def operands(
         "value": normal(shape.batch, shape.key_heads, shape.n_keys, shape.value_dim),
     }
     for name, axes in attend.tensors().items():
-        size = [sizes[axis] for axis in axes]
+        size = [sizes[axis] for axis in letters(axes) or ""]
         if name == "mask":
             values[name] = torch.rand(size, generator=generator) < 0.4
         elif name == "member":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from rewrite.ir import Attend
+from rewrite.ir import Attend, letters
 from rewrite.ir.semantics import aligned, attend, attention_weights, evaluate_expression, positions
 
 # A group weight such as 1 + 0.4 (m2 + m3) / m1 has a few masses in it, each off as a softmax weight is.
@@ -29,7 +29,7 @@ def expected_lse(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Te
     doubled = in_double(values)
     query, key = doubled["query"], doubled["key"]
     dot = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-2, -1)
-    tensors = {name: aligned(doubled[name], axes) for name, axes in operation.tensors().items()}
+    tensors = {name: aligned(doubled[name], letters(axes) or "") for name, axes in operation.tensors().items()}
     environment = {**positions(query.shape[2], key.shape[2], dot.device), **tensors, "qk": dot}
     seen = torch.as_tensor(evaluate_expression(operation.mask, environment))
     return torch.as_tensor(evaluate_expression(operation.score, environment)).masked_fill(~seen, -torch.inf).logsumexp(-1)
