@@ -95,7 +95,7 @@ PLAIN: tuple[Entry, ...] = (
     timm_entry("vit_tiny_patch16_224", tokens(2, "Attention", 14, 3, 1), depth=2, forms=("plain", "fused qkv")),
     timm_entry(
         "vit_tiny_patch16_224", tokens(2, "Attention", 14, 3, 1), label="vit_tiny_patch16_224, qk_norm", depth=2, qk_norm=True,
-        forms=("fused qkv", "qk-norm"), note="no timm ViT of plain blocks sets qk_norm; the option is the source's own",
+        forms=("fused qkv", "qk-norm"), note="no plain timm ViT sets qk_norm; it is an option of the source",
     ),
     timm_entry("flexivit_small", tokens(2, "Attention", 15, 6, 1), size=240, depth=2, forms=("plain", "fused qkv")),
     timm_entry("vit_medium_patch16_reg4_gap_256", tokens(2, "Attention", 16, 8, 4), size=256, depth=2, forms=("plain", "fused qkv")),
@@ -114,11 +114,11 @@ PLAIN: tuple[Entry, ...] = (
     ),
     timm_entry(
         "vit_dwee_patch16_reg1_gap_256", tokens(4, "DiffAttention", 16, 4, 1, per_call=2), label="vit_dwee_patch16_reg1_gap_256, sdpa",
-        size=256, depth=2, implementations=("sdpa",), note="two fused attentions over the same values, subtracted after the product",
+        size=256, depth=2, implementations=("sdpa",), forms=("fused qkv",), note="two fused attentions over the same values, subtracted after the product",
     ),
     timm_entry(
         "vit_dwee_patch16_reg1_gap_256", tokens(2, "DiffAttention", 16, 8, 1), label="vit_dwee_patch16_reg1_gap_256, eager",
-        size=256, depth=2, implementations=EAGER,
+        size=256, depth=2, implementations=EAGER, forms=("fused qkv",),
         note="one softmax over eight maps; their difference in pairs, four maps, meets the values of four heads of twice the width",
     ),
     timm_entry(
@@ -181,7 +181,7 @@ POSITIONS: tuple[Entry, ...] = (
     ),
     timm_entry(
         "vit_pe_core_tiny_patch16_384", tokens(2, "AttentionRope", 14, 3, 1), single(1, "AttentionPoolLatent", 197, 8, kind="cross"),
-        depth=2, img_size=224, forms=("rotary", "cross-attention", "pooled queries"), note=SIGLIP_POOL,
+        depth=2, img_size=224, forms=("rotary", "fused qkv", "cross-attention", "pooled queries"), note=SIGLIP_POOL,
     ),
     timm_entry(
         "vit_large_patch16_sapiens2", Sites(3, "AttentionRope", 9 + 16 * 12, 9 + 16 * 12, 16, grid=(16, 12), prefix=9), size=(256, 192),
@@ -189,15 +189,15 @@ POSITIONS: tuple[Entry, ...] = (
         note="the first and last blocks have all 16 key heads, those between have 8, repeated before the product",
     ),
     timm_entry("gemma4_vit_167m", tokens(2, "Gemma4Attention", 14, 12), depth=2, forms=("rotary", "qk-norm"), note="unscaled scores"),
-    timm_entry("qwen3_vit_88m", tokens(2, "AttentionRope", 14, 12), depth=2, forms=("rotary",)),
-    timm_entry("deepseek_vit_412m", tokens(2, "AttentionRope", 16, 16), depth=2, forms=("rotary",)),
+    timm_entry("qwen3_vit_88m", tokens(2, "AttentionRope", 14, 12), depth=2, forms=("rotary", "fused qkv")),
+    timm_entry("deepseek_vit_412m", tokens(2, "AttentionRope", 16, 16), depth=2, forms=("rotary", "fused qkv")),
     timm_entry(
         "naflexvit_base_patch16_map", tokens(2, "Attention", 14, 12, 1), single(1, "AttentionPoolLatent", 196, 12, kind="cross"), depth=2,
         forms=("fused qkv", "cross-attention", "pooled queries"), note=SIGLIP_POOL + ", which sees no register",
     ),
     timm_entry(
         "naflexvit_base_patch16_map", Sites(2, "Attention", 49, 49, 12, prefix=1), single(1, "AttentionPoolLatent", 48, 12, kind="cross"),
-        label="naflexvit_base_patch16_map, padded", inputs=padded_patches, depth=2, forms=("padding", "additive mask", "pooled queries"),
+        label="naflexvit_base_patch16_map, padded", inputs=padded_patches, depth=2, forms=("padding", "additive mask", "fused qkv", "pooled queries"),
         note="pictures of several shapes in one batch, so no grid; the mask is the dtype's minimum, not -inf: a padded query sees all keys",
     ),
 )  # fmt: skip
