@@ -18,6 +18,7 @@ from rewrite.recognise.region import Region
 from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.streams import cache_entries, reaches, residual_stream, self_source
 from rewrite.recognise.verify import region_attend, structure, verify
+from rewrite.tokens import layout as tokens
 from rewrite.tokens.layout import TokenLayouts
 from rewrite.tokens.visual import VisualMerge, visual_merges
 
@@ -135,9 +136,9 @@ def _place(
         dims["C"] = hinted_shape(stream)[2]
         if visual:
             operands.append("visual")
-    lies = None if source is None else layouts.of(source)
+    lies = layouts.of_operand(region.query.node, region.query.layout.steps(), axis=2)
     # Tokens behind the grid are no part of what a pass knows of a layout; such a site is a plain sequence to it.
-    grid, prefix = (lies.grid, lies.prefix) if lies is not None and not lies.suffix else (None, 0)
+    known = None if lies is None or lies.suffix else lies
     site = Site(
         name=name,
         layer=layer,
@@ -146,7 +147,7 @@ def _place(
         kind="cross" if source is None else "self",
         body=Body((region_attend(region),)),
         dims=dims,
-        layout=TokenLayout(grid=grid, prefix=prefix, visual=visual),
+        layout=_site_layout(known, visual),
         operands=tuple(operands),
         cached=bool(cache),
         dropout=region.dropout,
@@ -154,3 +155,9 @@ def _place(
         hides_later=hides_later(region, inputs),
     )
     return Found(site, region, stream, merge, cache)
+
+
+def _site_layout(lies: tokens.TokenLayout | None, visual: bool) -> TokenLayout:
+    if lies is None:
+        return TokenLayout(visual=visual)
+    return TokenLayout(lies.grid, lies.prefix, visual, lies.window, lies.partition, lies.shifted, lies.raster)

@@ -1,59 +1,51 @@
-"""On which grid of patches the tokens of a tensor lie, and how many tokens stand in front of them.
+"""On which grid the tokens of a tensor lie, how many stand in front of them, and which part of the grid attends to itself.
 
-It starts at convolutions whose kernel is their stride, applied to an image: their output is a grid of patches. From there the axis flow
-of every operator says where the grid's axes go: merged in order, they are a token axis; concatenated with other tokens, it has a prefix
-or a suffix; sliced, it loses them. What flows through an operator that does not keep the tokens is known no more.
+Read off the coordinates of its axes (`coordinates.py`): a token axis that runs over all rows and columns is a grid; one that runs over a
+part of them, the rest being in the batch, is a window; what is concatenated in front is a prefix. What flows through an operator that does
+not keep the tokens is known no more, and nothing is guessed from a number of tokens.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from torch import fx
 
 from rewrite.tokens import rules
-from rewrite.tokens.flow import Flow, Group, Label, axis_flow
-from rewrite.tokens.placement import example, first_tensor, is_tensor, shape_of
+from rewrite.tokens.atoms import Axes, Axis, Place, leaves, merged, pieces_of, regroup
+from rewrite.tokens.coordinates import Coordinates
+from rewrite.tokens.flow import axis_flow
+from rewrite.tokens.placement import example, extents, first_tensor, is_tensor
 from rewrite.tokens.visual import VisualMerge, visual_mask_node, visual_merges
 
 Grid = tuple[int, ...]
+Partition = Literal["window", "grid"]
 
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """A token axis: `prefix` tokens, then the patches of `grid` in row-major order, then `suffix` tokens."""
+    """A token axis: `prefix` tokens, then positions of `grid`, then `suffix` tokens.
+
+    window: the part of the grid that is on the axis, the rest being in the batch; None where it is all of it. partition: windows are
+    contiguous, or each takes every n-th position (a "grid", dilated). shifted: the grid was rolled before it was cut. raster: the
+    positions are in row-major order.
+    """
 
     grid: Grid
     prefix: int = 0
     suffix: int = 0
+    window: Grid | None = None
+    partition: Partition = "window"
+    shifted: bool = False
+    raster: bool = True
 
     @property
     def patches(self) -> int:
-        count = 1
-        for size in self.grid:
-            count *= size
-        return count
-
-
-@dataclass(frozen=True)
-class _GridAxis:
-    """Axes `first` up to `last` of a grid, on one axis of a tensor."""
-
-    conv: fx.Node
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    conv: fx.Node
-    layout: TokenLayout
-
-
-_Fact = _GridAxis | _Tokens
+        """How many positions of the grid are on the axis."""
+        return math.prod(self.window or self.grid)
 
 
 @dataclass(frozen=True)
@@ -75,37 +67,44 @@ class TokenLayouts:
     """The token layouts of every node of a graph, as it is now."""
 
     def __init__(self, graph: fx.Graph) -> None:
-        self.facts: dict[fx.Node, Mapping[int, _Fact]] = {}
-        self.convolutions: list[fx.Node] = []
-        for node in graph.nodes:
-            if is_patch_convolution(node):
-                self.convolutions.append(node)
-                rank = len(shape_of(node))
-                self.facts[node] = {axis: _GridAxis(node, axis - 2, axis - 1) for axis in range(2, rank)}
-            elif any(source in self.facts for source in node.all_input_nodes):
-                flow = axis_flow(node)
-                if flow is not None and (facts := _carried(node, flow, self.facts)):
-                    self.facts[node] = facts
+        self.coordinates = Coordinates(graph)
+        self.convolutions = [node for node in graph.nodes if is_patch_convolution(node)]
 
     def of(self, node: fx.Node) -> TokenLayout | None:
         """The layout of the token axis of a [B, N, C] or [B, H, N, D] tensor; None where it is not known."""
-        found = {axis: fact.layout for axis, fact in self.facts.get(node, {}).items() if isinstance(fact, _Tokens)}
-        return found.get(len(shape_of(node)) - 2) or next(iter(found.values()), None) if found else None
+        axes = self.coordinates.of(node)
+        return None if axes is None else _token_axis(axes, extents(node))
+
+    def of_operand(self, node: fx.Node, steps: Sequence[tuple[str, tuple[Any, ...]]], axis: int) -> TokenLayout | None:
+        """The layout of one axis of an operand, which is a node after the tensor methods `steps` (squeeze, reshape, unsqueeze, permute)."""
+        axes, sizes = self.coordinates.of(node), extents(node)
+        if axes is None:
+            return None
+        for method, arguments in steps:
+            axes, sizes = _STEPS[method](axes, sizes, arguments[0])
+        return _layout(axes, sizes, axis)
 
     def embeddings(self) -> list[PatchEmbedding]:
         """The patch embeddings, with the tokens that were put around the patches."""
-        found: list[PatchEmbedding] = []
-        for conv in self.convolutions:
-            best: tuple[fx.Node, TokenLayout] | None = None
-            for node, facts in self.facts.items():
-                layouts = [fact.layout for fact in facts.values() if isinstance(fact, _Tokens) and fact.conv is conv]
-                if len(layouts) == 1 and len(shape_of(node)) == 3 and (best is None or _extends(layouts[0], best[1])):
-                    best = node, layouts[0]
-            if best is not None:
-                node, layout = best
-                tokens = layout.prefix + layout.patches + layout.suffix
-                found.append(PatchEmbedding(conv, layout.grid, tokens, node, layout.prefix, layout.suffix))
-        return found
+        best: dict[fx.Node, tuple[fx.Node, TokenLayout]] = {}
+        wanted = set(self.convolutions)
+        for node in self.coordinates.axes if wanted else ():
+            axes = self.coordinates.of(node)
+            if axes is None or len(axes) != 3:
+                continue
+            found = [(axis, layout) for axis in range(3) if (layout := _layout(axes, extents(node), axis)) is not None]
+            whole = [(axis, layout) for axis, layout in found if layout.window is None and layout.raster]
+            if len(whole) == 1:
+                axis, layout = whole[0]
+                conv = _source(axes[axis], extents(node)[axis])
+                if conv is not None and conv in wanted and (conv not in best or _extends(layout, best[conv][1])):
+                    best[conv] = node, layout
+        return [
+            PatchEmbedding(conv, layout.grid, layout.prefix + layout.patches + layout.suffix, node, layout.prefix, layout.suffix)
+            for conv in self.convolutions
+            if conv in best
+            for node, layout in (best[conv],)
+        ]
 
 
 def patch_grid(graph: fx.Graph) -> list[PatchEmbedding]:
@@ -119,7 +118,8 @@ def layout_of(node: fx.Node) -> tuple[Grid, int] | None:
     Each call reads the whole graph once; for many nodes of one graph, ask one `TokenLayouts`.
     """
     layout = TokenLayouts(node.graph).of(node)
-    return None if layout is None or layout.suffix else (layout.grid, layout.prefix)
+    plain = layout is not None and layout.window is None and layout.raster and not layout.suffix
+    return (layout.grid, layout.prefix) if layout is not None and plain else None
 
 
 def is_patch_convolution(node: fx.Node) -> bool:
@@ -159,68 +159,83 @@ def _reads_image(conv: fx.Node) -> bool:
     return True
 
 
-def _carried(node: fx.Node, flow: Flow, facts: Mapping[fx.Node, Mapping[int, _Fact]]) -> dict[int, _Fact]:
-    """What is known of the axes of a result, from what is known of its operands."""
-    known: dict[Label, _Fact | None] = {}
-    sizes: dict[Label, Any] = {}
-    for operand in flow.operands:
-        shape = shape_of(operand.node)
-        labels = operand.labels[len(operand.labels) - len(shape) :]
-        for axis, label in enumerate(labels):
-            sizes.setdefault(label, shape[axis])
-            if (fact := facts.get(operand.node, {}).get(axis)) is not None:
-                known[label] = fact if known.setdefault(label, fact) == fact else None  # they disagree: unknown
-    for label in flow.reduced:
-        known.pop(label, None)
-    for group in flow.groups:
-        if flow.joined is None or group.ins != flow.joined[0]:
-            known.update(_regrouped(group, known, sizes))
-    if flow.joined is not None:
-        marks, out = flow.joined
-        known[out] = _joined([known.get(mark) for mark in marks], [sizes[mark] for mark in marks])
-    carried = {axis: known.get(label) for axis, label in enumerate(flow.output)}
-    return {axis: _as_tokens(fact) for axis, fact in carried.items() if fact is not None}
+def _token_axis(axes: Axes, sizes: Sequence[int]) -> TokenLayout | None:
+    """The layout of the last axis but one; of another, where that one holds the whole grid."""
+    if len(axes) > 1 and (layout := _layout(axes, sizes, len(axes) - 2)) is not None:
+        return layout
+    found = [layout for axis in range(len(axes)) if (layout := _layout(axes, sizes, axis)) is not None and layout.window is None]
+    return found[0] if found else None
 
 
-def _regrouped(group: Group, known: Mapping[Label, _Fact | None], sizes: Mapping[Label, Any]) -> dict[Label, _Fact]:
-    """Grid axes merged in order are one; a slice of a token axis may take tokens off in front or behind."""
-    facts = [known.get(label) for label in group.ins]
-    if len(group.outs) != 1 or not facts:
-        return {}
-    first = facts[0]
-    if group.cut and isinstance(first, _Tokens) and group.span is not None:
-        start, stop = group.span
-        length = first.layout.prefix + first.layout.patches + first.layout.suffix
-        end = length if stop is None else (stop if stop >= 0 else length + stop)
-        prefix, suffix = first.layout.prefix - start, first.layout.suffix - (length - min(end, length))
-        kept = start >= 0 and prefix >= 0 and suffix >= 0
-        return {group.outs[0]: replace(first, layout=replace(first.layout, prefix=prefix, suffix=suffix))} if kept else {}
-    axes = [fact for fact in facts if isinstance(fact, _GridAxis)]
-    in_order = all(a.last == b.first and a.conv is b.conv for a, b in itertools.pairwise(axes))
-    if group.cut or len(axes) != len(facts) or not in_order:
-        return {}
-    return {group.outs[0]: _GridAxis(axes[0].conv, axes[0].first, axes[-1].last)}
-
-
-def _as_tokens(fact: _Fact) -> _Fact:
-    """A grid axis that holds the whole grid is a token axis."""
-    if isinstance(fact, _GridAxis):
-        grid = tuple(example(fact.conv).shape[2:])
-        if fact.first == 0 and fact.last == len(grid):
-            return _Tokens(fact.conv, TokenLayout(grid))
-    return fact
-
-
-def _joined(facts: list[_Fact | None], sizes: list[Any]) -> _Fact | None:
-    """Tokens in front of and behind the one part whose layout is known."""
-    places = [i for i, fact in enumerate(facts) if isinstance(fact, _Tokens)]
-    if len(places) != 1 or not all(size.is_number for size in sizes):
+def _layout(axes: Axes, sizes: Sequence[int], axis: int) -> TokenLayout | None:
+    """The layout of one axis, the others being the batch."""
+    pieces = pieces_of(sizes[axis], axes[axis])
+    at = [i for i, (_, piece) in enumerate(pieces) if any(atom.place is not None for atom in leaves(piece))]
+    if len(at) != 1:
         return None
-    tokens = facts[places[0]]
-    assert isinstance(tokens, _Tokens)
-    before, after = int(sum(sizes[: places[0]])), int(sum(sizes[places[0] + 1 :]))
-    layout = replace(tokens.layout, prefix=tokens.layout.prefix + before, suffix=tokens.layout.suffix + after)
-    return replace(tokens, layout=layout)
+    prefix, suffix = sum(size for size, _ in pieces[: at[0]]), sum(size for size, _ in pieces[at[0] + 1 :])
+    inside = merged(pieces[at[0]][1])
+    parts = [entry for entry in inside if isinstance(entry, tuple)]
+    others = [entry for i, other in enumerate(axes) if i != axis for entry in merged(other) if isinstance(entry, tuple)]
+    lines = {place.axis: place.line for _, place in others + parts}
+    if len(parts) != len(inside) or not {-1, -2} <= lines.keys() or any(place.line != lines[place.axis] for _, place in others):
+        return None
+    order = sorted(lines)
+    if not all(_covered([entry for entry in parts + others if entry[1].axis == a], lines[a].length) for a in order):
+        return None
+    window = tuple(math.prod(size for size, place in parts if place.axis == a) for a in order)
+    whole = window == tuple(lines[a].length for a in order)
+    shifted = any(line.shift for line in lines.values())
+    padded = any(line.before or line.after for line in lines.values())
+    laid = [place.axis for _, place in parts]
+    return TokenLayout(
+        grid=tuple(lines[a].length - lines[a].before - lines[a].after for a in order),
+        prefix=prefix,
+        suffix=suffix,
+        window=None if whole else window,
+        partition=_partition(parts),
+        shifted=shifted,
+        raster=laid == sorted(set(laid)) and not (whole and (shifted or padded)),
+    )
+
+
+def _covered(parts: list[tuple[int, Place]], length: int) -> bool:
+    """Whether parts of one axis of a grid make up the whole of it."""
+    stride = 1
+    for size, place in sorted(parts, key=lambda part: part[1].stride):
+        if place.stride != stride:
+            return False
+        stride *= size
+    return stride == length
+
+
+def _partition(parts: list[tuple[int, Place]]) -> Partition:
+    """How windows were cut: contiguous where neighbours of the grid are neighbours in the window."""
+    partial = [place for size, place in parts if size < place.length]
+    return "grid" if partial and all(place.stride > 1 for place in partial) else "window"
+
+
+def _source(axis: Axis, size: int) -> fx.Node | None:
+    """The node that made the grid of a token axis."""
+    places = [atom.place for _, piece in pieces_of(size, axis) for atom in leaves(piece) if atom.place is not None]
+    return places[0].source if places else None
+
+
+def _squeezed(axes: Axes, sizes: Sequence[int], dims: Sequence[int]) -> tuple[Axes, Sequence[int]]:
+    kept = [i for i in range(len(axes)) if i not in dims]
+    return tuple(axes[i] for i in kept), [sizes[i] for i in kept]
+
+
+def _permuted(axes: Axes, sizes: Sequence[int], order: Sequence[int]) -> tuple[Axes, Sequence[int]]:
+    return tuple(axes[i] for i in order), [sizes[i] for i in order]
+
+
+_STEPS: dict[str, Any] = {
+    "squeeze": _squeezed,
+    "permute": _permuted,
+    "reshape": lambda axes, sizes, shape: (regroup(axes, sizes, shape), shape),
+    "unsqueeze": lambda axes, sizes, dim: ((*axes, ()), [*sizes, 1]),
+}
 
 
 def _extends(layout: TokenLayout, other: TokenLayout) -> bool:

@@ -75,6 +75,17 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(expression(size) for size in tensor.shape)
 
 
+def extents(node: fx.Node) -> tuple[int, ...]:
+    """The traced, full shape of a node's (first) tensor in numbers; a size that depends on data is one."""
+    tensor = first_tensor(node)
+    return () if tensor is None else sizes_of(tensor)
+
+
+def sizes_of(tensor: torch.Tensor) -> tuple[int, ...]:
+    """A traced shape in numbers; a size that depends on data is one."""
+    return tuple(size if isinstance(size, int) else int(size.node.hint or 1) for size in tensor.shape)
+
+
 def module_path(node: fx.Node) -> str:
     """Where in the model a node comes from, `blocks.3.attn`; `the model itself` where that was not recorded."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())

@@ -1,0 +1,58 @@
+"""Whether what recognition says of the tokens of a model's sites is what its table says."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from rewrite.ir.site import Site
+from rewrite.recognise.sites import Recognition
+from tests.models.corpus.entry import Entry, Sites
+
+# queries, keys, heads of one attention, and what is said of its tokens: grid, prefix, window
+Problem = tuple[int, int, int]
+Facts = tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]
+
+
+def stated(group: Sites) -> Facts:
+    """What a table says of the tokens of a group; a window that is its whole grid is none."""
+    return group.grid, group.prefix if group.grid else 0, None if group.window == group.grid else group.window
+
+
+def read(site: Site) -> Facts:
+    """The same of a recognised site. Tokens that lie apart by a stride are no local part of a grid, so no window to the tables."""
+    layout = site.layout
+    return layout.grid, layout.prefix, layout.window if layout.partition == "window" else None
+
+
+def layout_differences(entry: Entry, recognition: Recognition) -> list[str]:
+    """What was read wrong, in words, for the sites that were found; empty where all is as the table says.
+
+    Sites are told apart by their sizes; the table may have more of a kind than were found, in any order.
+    """
+    wanted: dict[Problem, Counter[Facts]] = {}
+    for group in entry.sites:
+        if group.kind != "linear":
+            wanted.setdefault((group.queries, group.keys, group.heads), Counter())[stated(group)] += group.count
+    differences: list[str] = []
+    for found in recognition.found:
+        site = found.site
+        problem = (site.dims["Nq"], site.dims["Nk"], site.dims["H"])
+        facts = read(site)
+        if problem not in wanted:
+            differences.append(f"{site.name}: no site of {_told(problem)} is in the table")
+        elif wanted[problem][facts] > 0:
+            wanted[problem][facts] -= 1
+        else:
+            left = [told for told, count in wanted[problem].items() if count > 0]
+            differences.append(f"{site.name}: {_told(problem)} lies on {_facts(facts)}, the table has {' or '.join(map(_facts, left))}")
+    return differences
+
+
+def _told(problem: Problem) -> str:
+    return "{} queries, {} keys, {} heads".format(*problem)
+
+
+def _facts(facts: Any) -> str:
+    grid, prefix, window = facts
+    return f"grid {grid}, prefix {prefix}, window {window}"
