@@ -225,7 +225,8 @@ DUAL: tuple[Entry, ...] = (
     ),
     Entry(
         "ast", made("ASTModel", "ASTConfig", **WIDTH, max_length=96, num_mel_bins=64),
-        lambda batch: {"input_values": seeded(batch, 96, 64)}, (Sites(2, "ASTAttention", 47, 47, 4, grid=(5, 9), prefix=2),), forms=("plain",), note="the picture is a spectrogram",
+        lambda batch: {"input_values": seeded(batch, 96, 64)},
+        (Sites(2, "ASTAttention", 47, 47, 4, grid=(5, 9), prefix=2),), forms=("plain",), note="the picture is a spectrogram",
     ),
     Entry(
         "wav2vec2", made("Wav2Vec2Model", "Wav2Vec2Config", **WIDTH, conv_dim=[32, 32, 32], conv_stride=[5, 4, 4], conv_kernel=[10, 8, 8],
