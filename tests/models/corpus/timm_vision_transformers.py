@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tests.models.corpus.entry import Entry, Sites
-from tests.models.corpus.weights import stir
+from tests.models.corpus.weights import settle, stir
 
 EAGER = ("eager",)
 
@@ -64,16 +64,18 @@ def timm_entry(
         import timm
 
         torch.manual_seed(0)
-        model = timm.create_model(name, pretrained=False, **options).eval()
-        for module in model.modules():
-            if hasattr(module, "fused_attn"):
-                module.fused_attn = implementation == "sdpa"
-        return stir(model)
+        model = stir(timm.create_model(name, pretrained=False, **options).eval())
+        switches = [module for module in model.modules() if hasattr(module, "fused_attn")]
+        for module in switches:
+            module.fused_attn = False
+        settle(model, make(4))
+        for module in switches:
+            module.fused_attn = implementation == "sdpa"
+        return model
 
     height, width = (size, size) if isinstance(size, int) else size
-    return Entry(
-        label or name, build, inputs or images(height, width), sites, implementations, forms, none, core=core, breaks=breaks, note=note
-    )
+    make = inputs or images(height, width)
+    return Entry(label or name, build, make, sites, implementations, forms, none, core=core, breaks=breaks, note=note)
 
 
 def padded_patches(batch: int) -> Mapping[str, Any]:
@@ -114,7 +116,8 @@ PLAIN: tuple[Entry, ...] = (
     ),
     timm_entry(
         "vit_dwee_patch16_reg1_gap_256", tokens(4, "DiffAttention", 16, 4, 1, per_call=2), label="vit_dwee_patch16_reg1_gap_256, sdpa",
-        size=256, depth=2, implementations=("sdpa",), forms=("fused qkv",), note="two fused attentions over the same values, subtracted after the product",
+        size=256, depth=2, implementations=("sdpa",), forms=("fused qkv",),
+        note="two fused attentions over the same values, subtracted after the product",
     ),
     timm_entry(
         "vit_dwee_patch16_reg1_gap_256", tokens(2, "DiffAttention", 16, 8, 1), label="vit_dwee_patch16_reg1_gap_256, eager",
@@ -197,7 +200,8 @@ POSITIONS: tuple[Entry, ...] = (
     ),
     timm_entry(
         "naflexvit_base_patch16_map", Sites(2, "Attention", 49, 49, 12, prefix=1), single(1, "AttentionPoolLatent", 48, 12, kind="cross"),
-        label="naflexvit_base_patch16_map, padded", inputs=padded_patches, depth=2, forms=("padding", "additive mask", "fused qkv", "pooled queries"),
+        label="naflexvit_base_patch16_map, padded", inputs=padded_patches, depth=2,
+        forms=("padding", "additive mask", "fused qkv", "pooled queries"),
         note="pictures of several shapes in one batch, so no grid; the mask is the dtype's minimum, not -inf: a padded query sees all keys",
     ),
 )  # fmt: skip
