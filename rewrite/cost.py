@@ -135,7 +135,7 @@ Shapes = Mapping[fx.Node, Mapping[int, int]]
 
 def _shape(node: fx.Node, shapes: Shapes) -> list[int]:
     """A node's traced shape with the axes on which tokens have left since."""
-    shape = list(hinted_shape(node))
+    shape: list[int] = list(hinted_shape(node))
     for axis, extent in shapes.get(node, {}).items():
         shape[axis] = extent
     return shape

@@ -15,7 +15,7 @@ from rewrite.ir.operations import Attend, DepthwiseConv, GridBias, Operation, Po
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.recognise.operators import value_of
-from rewrite.recognise.region import Region
+from rewrite.recognise.region import Region, SizeOf
 
 
 def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
@@ -33,7 +33,7 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
         for name, operand in region.operands().items():
             node = operand.node
             for method, arguments in operand.layout.steps():
-                node = graph.call_method(method, (node, *arguments))  # type: ignore[arg-type]
+                node = _viewed(graph, node, arguments[0]) if method == "reshape" else graph.call_method(method, (node, *arguments))  # type: ignore[arg-type]
             # Under autocast the contraction ran in the output's type; an operand in another one is brought to it.
             if name in ("query", "key", "value") and _tensor(operand.node).dtype != dtype:
                 node = graph.call_method("to", (node, dtype))
@@ -44,7 +44,7 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
         if region.output_order != (0, 1, 2, 3):
             result = graph.call_method("permute", (result, region.output_order))
         if region.output_shape is not None:
-            result = graph.call_method("reshape", (result, region.output_shape))
+            result = _viewed(graph, result, region.output_shape)
     for node in graph.nodes:
         if node not in old:
             node.meta.setdefault("nn_module_stack", region.output.meta.get("nn_module_stack"))
@@ -52,6 +52,19 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
     result.meta["example_value"] = value_of(region.output)
     region.output.replace_all_uses_with(result)
     return values
+
+
+def _viewed(graph: fx.Graph, node: fx.Node, shape: object) -> fx.Node:
+    """A view of the node; lengths that change from call to call are read off the node itself."""
+    assert isinstance(shape, tuple)
+    lengths: list[int | fx.Node] = []
+    for length in shape:
+        if isinstance(length, SizeOf):
+            own = graph.call_method("size", (node, length.axis))
+            lengths.append(graph.call_function(operator.floordiv, (own, length.divisor)) if length.divisor != 1 else own)
+        else:
+            lengths.append(length)
+    return graph.call_method("reshape", (node, tuple(lengths)))
 
 
 def _trace(node: fx.Node) -> None:

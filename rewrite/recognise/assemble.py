@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
 import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from rewrite.ir.expression import INDICES, QK, tensor
+from rewrite.ir.expression import QK, W, read
+from rewrite.ir.operations import Attend, HeadMix, Normaliser
+from rewrite.recognise.channels import runs_over_channels
+from rewrite.recognise.contraction import number
 from rewrite.recognise.index_algebra import (
     Axes,
     Axis,
     MismatchError,
     back_through,
+    exact_product,
     leaves,
     origin,
     resolve,
     size,
 )
-from rewrite.recognise.operators import canonical, hinted_shape, value_of
-from rewrite.recognise.region import NearMissError, Operand, Region, is_symbolic, layout_of, reduced_layout
-from rewrite.recognise.score import number
+from rewrite.recognise.operators import canonical, exact, shape_of, value_of
+from rewrite.recognise.reading import Mixture, leaf_symbol
+from rewrite.recognise.region import Layout, Length, NearMissError, Operand, Region, layout_of, reading_layout, shape_in
+
+
+@dataclass(frozen=True)
+class Form:
+    """What becomes of the product of queries and keys, in the symbols of `Attend`; leaves are named t0, t1, ... as in `tensors`."""
+
+    score: sympy.Expr = QK
+    mask: Boolean = sympy.true
+    normaliser: Normaliser = "softmax"
+    epsilon: float = 0.0
+    sink: sympy.Expr | None = None
+    weight: sympy.Expr = W
+    renormalised: bool = False
+    score_mixture: Mixture | None = None
+    weight_mixture: Mixture | None = None
+    tensors: Mapping[str, tuple[fx.Node, Axes]] = field(default_factory=dict)
+    dropout: float = 0.0
 
 
 def assemble(
@@ -31,20 +55,18 @@ def assemble(
     value: tuple[fx.Node, Axes],
     families: tuple[Axes, Axis, Axis, Axis, Axis],
     out_axes: Axes,
-    score: sympy.Expr,
-    mask: Boolean,
-    tensors: dict[str, tuple[fx.Node, Axes]],
-    dropout: float,
+    form: Form,
 ) -> Region:
     """The region of an attention whose tensors and axes are given.
 
-    families: the axes of batch and heads, of queries, keys, channels and value channels. tensors: what the score and the mask read, by the
-    symbol they are written with. Raises `NearMissError` where an operand's axes do not fit the IR.
+    families: the axes of batch and heads, of queries, keys, channels and value channels. Raises `NearMissError` where an operand's axes do
+    not fit the IR.
     """
     lead, rows, columns, depth, width = families
     query_node, query_axes, query_factor = through_scale(*query)
     key_node, key_axes, key_factor = through_scale(*key)
-    score = sympy.expand(score.subs(QK, QK * query_factor * key_factor)) if query_factor * key_factor != 1 else score
+    factor = query_factor * key_factor
+    score = form.score if factor == 1 else sympy.expand_mul(form.score.subs(QK, QK * factor))
     in_front = tuple(atom for axis in (lead[:-1] if len(lead) > 1 else lead) for atom in axis)
     located = {
         "query": origin(query_node, query_axes, (*in_front, *(lead[-1] if len(lead) > 1 else ()), *rows, *depth)),
@@ -70,21 +92,41 @@ def assemble(
     operands = {name: Operand(node, layout_of(node, axes, groups[name])) for name, (node, axes) in located.items()}
     named: dict[str, Operand] = {}
     replaced: dict[sympy.Symbol, sympy.Indexed] = {}
-    for name, (node, axes) in tensors.items():
-        letters, layout = reduced_layout(node, axes, {"b": batch, "h": heads, "i": rows, "j": columns})
+    indices = {"b": batch, "h": heads, "i": rows, "j": columns}
+    for name, (node, axes) in form.tensors.items():
+        read_at, layout = reading_layout(node, axes, indices)
         label = ("mask" if value_of(node).dtype == torch.bool else "bias") + name.removeprefix("t")
         named[label] = Operand(node, layout)
-        replaced[sympy.Symbol(name)] = tensor(label, letters) if letters else _scalar(label)
+        replaced[leaf_symbol(name)] = read(label, *read_at)
+    attend = Attend(
+        "output", "query", "key", "value",
+        score=score.subs(replaced), mask=form.mask.subs(replaced) if form.mask is not sympy.true else form.mask,
+        normaliser=form.normaliser, epsilon=form.epsilon, sink=None if form.sink is None else form.sink.subs(replaced),
+        weight=form.weight.subs(replaced), renormalised=form.renormalised,
+        score_mix=_head_mix("score", form.score_mixture, heads, named), weight_mix=_head_mix("weight", form.weight_mixture, heads, named),
+    )  # fmt: skip
     sizes = {
         "B": size(batch), "H": size(heads), "Hkv": size(shared), "Nq": size(leaves(rows)), "Nk": size(leaves(columns)),
         "D": size(leaves(depth)), "Dv": size(leaves(width)),
     }  # fmt: skip
     order, shape = _output(out_axes, (batch, heads, rows, width), output)
+    channels = runs_over_channels(*located["query"], leaves(rows))
     return Region(
-        core=core, output=output, query=operands["query"], key=operands["key"], value=operands["value"],
-        score=score.subs(replaced), mask=mask.subs(replaced) if mask is not sympy.true else mask, tensors=named, sizes=sizes,
-        output_order=order, output_shape=shape, dropout=dropout,
+        core=core, output=output, query=operands["query"], key=operands["key"], value=operands["value"], attend=attend, tensors=named,
+        sizes=sizes, output_order=order, output_shape=shape, dropout=form.dropout, channels=channels,
     )  # fmt: skip
+
+
+def _head_mix(where: str, mixture: Mixture | None, heads: Axis, named: dict[str, Operand]) -> HeadMix | None:
+    """The mixture as the IR has it, its matrix and bias among the operands."""
+    if mixture is None:
+        return None
+    if leaves(mixture.axis) != leaves(heads):
+        raise NearMissError(f"{mixture.matrix.name} mixes something else than heads")
+    named[f"{where}_mix"] = Operand(mixture.matrix, Layout(order=mixture.order, squeezed=mixture.squeezed))
+    if mixture.bias is not None:
+        named[f"{where}_mix_bias"] = Operand(mixture.bias, Layout(order=(0,)))
+    return HeadMix(f"{where}_mix", f"{where}_mix_bias" if mixture.bias is not None else None)
 
 
 def through_scale(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes, sympy.Expr]:
@@ -130,17 +172,13 @@ def _leads_to_scale(node: fx.Node) -> bool:
         node = source
 
 
-def _scalar(label: str) -> sympy.Indexed:
-    """A tensor of one element, read along the keys by broadcasting."""
-    return sympy.Indexed(sympy.IndexedBase(label, real=True), INDICES["j"])
-
-
-def _output(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
+def _output(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tuple[int, ...], tuple[Length, ...] | None]:
     """How the IR's result [B, H, Nq, Dv] becomes the output node: a permutation, then a shape where axes were merged or split."""
     axes = resolve(out_axes)
     wanted = [leaves(group) for group in groups]
+    order: list[int]
     if all(any(axis == group for axis in axes) for group in wanted if group) and all(axis in wanted for axis in axes if axis):
-        order: list[int] = []
+        order = []
         empty = [place for place, group in enumerate(wanted) if not group]
         for axis in axes:
             if axis:
@@ -149,10 +187,14 @@ def _output(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tu
                 order.append(empty.pop(0))
         if len(order) == len(groups) and not empty and len(axes) == len(groups):
             return tuple(order), None
-    flat_order = [atom for group in wanted for atom in group]
+    # Otherwise the IR's axes are permuted whole, and the view merges or drops them.
     flat_out = [atom for axis in axes for atom in axis]
-    if flat_order != flat_out:
-        raise NearMissError(f"{node.name} orders its axes in a way that is not read yet")
-    if is_symbolic(node):
-        raise NearMissError(f"{node.name} mixes indices in one axis while its sizes are symbolic")
-    return (0, 1, 2, 3), hinted_shape(node)
+    held = [place for place, group in enumerate(wanted) if group]
+    whole = sorted(held, key=lambda place: flat_out.index(wanted[place][0]) if wanted[place][0] in flat_out else -1)
+    if [atom for place in whole for atom in wanted[place]] != flat_out:
+        raise NearMissError(f"{node.name} orders its axes in a way that the IR's cannot be brought to")
+    order = [*whole, *(place for place, group in enumerate(wanted) if not group)]
+    lengths = shape_in([exact_product(wanted[place]) for place in order], [exact(extent) for extent in shape_of(node) or ()])
+    if lengths is None:
+        raise NearMissError(f"{node.name} mixes several indices of symbolic size in one axis")
+    return tuple(order), lengths

@@ -9,7 +9,8 @@ import torch
 from torch import fx
 
 from rewrite.ir.expression import QK, I, J
-from rewrite.recognise.assemble import assemble
+from rewrite.recognise.assemble import Form, assemble
+from rewrite.recognise.contraction import number
 from rewrite.recognise.index_algebra import (
     Axes,
     Axis,
@@ -19,8 +20,8 @@ from rewrite.recognise.index_algebra import (
     size,
 )
 from rewrite.recognise.operators import argument, hinted_shape, value_of
+from rewrite.recognise.reading import leaf_symbol
 from rewrite.recognise.region import NearMissError, Region
-from rewrite.recognise.score import number
 
 
 def fused_attention(node: fx.Node) -> Region:
@@ -29,8 +30,6 @@ def fused_attention(node: fx.Node) -> Region:
     given = [node.args[place] if place < len(node.args) else node.kwargs[name] for place, name in enumerate(names)]
     query, key, value = (entry for entry in given if isinstance(entry, fx.Node))
     shapes = [hinted_shape(operand) for operand in (query, key, value)]
-    if min(map(len, shapes)) < 3:
-        raise NearMissError("it is called without a batch axis")
     lead = tuple(fresh("b" if place < len(shapes[0]) - 3 else "h", extent) for place, extent in enumerate(shapes[0][:-2]))
     rows, columns = fresh("i", shapes[0][-2]), fresh("j", shapes[1][-2])
     inner, width = fresh("d", shapes[0][-1]), fresh("e", shapes[2][-1])
@@ -60,9 +59,9 @@ def fused_attention(node: fx.Node) -> Region:
         map_axes = (*lead, rows, columns)[len(lead) + 2 - len(shape) :]
         extra["t0"] = (bias, tuple(axis if extent != 1 else () for axis, extent in zip(map_axes, shape, strict=True)))
         if value_of(bias).dtype == torch.bool:
-            mask = sympy.Ne(sympy.Symbol("t0"), 0)
+            mask = sympy.Ne(leaf_symbol("t0"), 0)
         else:
-            score += sympy.Symbol("t0")
+            score += leaf_symbol("t0")
     if argument(node, "is_causal", False):
         mask = sympy.And(mask, J <= I)
     query_axes = (*leading(shapes[0]), rows, inner)
@@ -75,10 +74,7 @@ def fused_attention(node: fx.Node) -> Region:
         value=(value, (*leading(shapes[2]), columns, width)),
         families=(lead, rows, columns, inner, width),
         out_axes=(*lead, rows, width),
-        score=score,
-        mask=mask,
-        tensors=extra,
-        dropout=float(argument(node, "dropout_p", 0.0) or 0.0),
+        form=Form(score=score, mask=mask, tensors=extra, dropout=float(argument(node, "dropout_p", 0.0) or 0.0)),
     )
 
 

@@ -12,18 +12,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
 from torch import fx
 
-from rewrite.recognise.operators import canonical, hinted_shape
+from rewrite.recognise.operators import Extent, canonical, hinted_shape
 
 
 @dataclass(eq=False)
 class Atom:
-    """One index and its size; `parts` holds the finer atoms it was split into, slowest first."""
+    """One index and its size; `parts` holds the finer atoms it was split into, slowest first.
+
+    exact: the size where it is symbolic, as an expression in the symbols of the trace.
+    """
 
     label: str
     size: int
     parts: list[Atom] = field(default_factory=list)
+    exact: sympy.Expr = field(default=sympy.S.Zero)
+
+    def __post_init__(self) -> None:
+        self.exact = exact_size(self.size) if self.exact == 0 else self.exact
+        self.size = int(self.size)
 
     def __repr__(self) -> str:
         return f"{self.label}:{self.size}"
@@ -35,6 +44,11 @@ Axes = tuple[Axis, ...]
 
 class MismatchError(Exception):
     """The axes do not fit an operator; the message says where."""
+
+
+def exact_size(extent: int) -> sympy.Expr:
+    """What a length is exactly; a plain number is itself."""
+    return extent.exact if isinstance(extent, Extent) else sympy.Integer(extent)
 
 
 def leaves(axis: Axis) -> Axis:
@@ -49,20 +63,33 @@ def resolve(axes: Axes) -> Axes:
     return tuple(leaves(axis) for axis in axes)
 
 
-def fresh(label: str, size: int) -> Axis:
+def fresh(label: str, extent: int) -> Axis:
     """A new index as an axis (no atom where it has one value only)."""
-    return (Atom(label, size),) if size != 1 else ()
+    return (Atom(label, extent),) if extent != 1 else ()
 
 
 def size(axis: Axis) -> int:
     return math.prod(atom.size for atom in axis)
 
 
-def _split(atom: Atom, outer: int) -> None:
+def exact_product(axis: Axis) -> sympy.Expr:
+    """The size of an axis, exactly."""
+    return sympy.Mul(*(atom.exact for atom in axis))
+
+
+def _split(atom: Atom, outer: int, exact: sympy.Expr | None = None) -> None:
     """Split an atom into (outer, size / outer)."""
     if atom.size % outer:
         raise MismatchError(f"an axis of {atom.size} cannot be cut into {outer}")
-    atom.parts = [Atom(atom.label, outer), Atom(atom.label, atom.size // outer)]
+    above = sympy.Integer(outer) if exact is None else exact
+    atom.parts = [
+        Atom(atom.label, outer, exact=above),
+        Atom(atom.label, atom.size // outer, exact=_quotient(atom.exact, above)),
+    ]
+
+
+def _quotient(whole: sympy.Expr, part: sympy.Expr) -> sympy.Expr:
+    return whole if part == 1 else sympy.cancel(whole / part)
 
 
 def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
@@ -71,7 +98,7 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
     grouped: list[Axis] = []
     for extent in shape:
         taken: list[Atom] = []
-        left = extent
+        left, exact = int(extent), exact_size(extent)
         while left > 1:
             if not queue:
                 raise MismatchError(f"the view {tuple(shape)} has more elements than the tensor")
@@ -79,14 +106,17 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
             if atom.size <= left and left % atom.size == 0:
                 taken.append(atom)
                 left //= atom.size
+                exact = _quotient(exact, atom.exact)
             else:
                 outer = math.gcd(atom.size, left)
                 if outer == 1 or outer != left:
                     raise MismatchError(f"the view {tuple(shape)} cuts an index of {atom.size} unevenly")
-                _split(atom, outer)
+                _split(atom, outer, exact)
                 taken.append(atom.parts[0])
                 queue.insert(0, atom.parts[1])
-                left = 1
+                left, exact = 1, sympy.S.One
+        if exact != 1:
+            raise MismatchError(f"the view {tuple(shape)} fits the tensor at the traced sizes only")
         grouped.append(tuple(taken))
     if any(atom.size != 1 for atom in queue):
         raise MismatchError(f"the view {tuple(shape)} has fewer elements than the tensor")
@@ -105,11 +135,11 @@ def unify(one: Axis, other: Axis) -> None:
         if a.size == b.size:
             b.parts = [a]
         elif a.size > b.size:
-            _split(a, b.size)
+            _split(a, b.size, b.exact)
             b.parts = [a.parts[0]]
             left.insert(0, a.parts[1])
         else:
-            _split(b, a.size)
+            _split(b, a.size, a.exact)
             b.parts[0].parts = [a]
             right.insert(0, b.parts[1])
 
@@ -128,7 +158,7 @@ def back_through(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
         return None
     source = node.args[0]
     rank = len(axes)
-    if name in ("contiguous", "clone"):
+    if name in ("contiguous", "clone", "detach"):
         return source, axes
     if name == "transpose":
         first, second = (_dim(int(argument_at(node, position)), rank) for position in (1, 2))
@@ -169,7 +199,9 @@ def _back_through_repeat(node: fx.Node, source: fx.Node, axes: Axes) -> tuple[fx
     if not isinstance(repeats, int) or not isinstance(dim, int):
         return None
     place = _dim(dim, len(axes))
-    kept = regroup((axes[place],), (size(leaves(axes[place])) // repeats, repeats))
+    repeated = leaves(axes[place])
+    once = Extent(size(repeated) // repeats, _quotient(exact_product(repeated), sympy.Integer(repeats)))
+    kept = regroup((axes[place],), (once, repeats))
     return source, (*axes[:place], kept[0], *axes[place + 1 :])
 
 
@@ -177,9 +209,14 @@ def _back_through_index(node: fx.Node, source: fx.Node, axes: Axes) -> tuple[fx.
     """x[:, :, None] only puts in axes of size one; any other index is not a view of all elements."""
     index = node.args[1]
     entries = index if isinstance(index, tuple) else (index,)
-    if any(not (entry is None or entry is Ellipsis or entry == slice(None)) for entry in entries):
+    if not all(entry is None or entry is Ellipsis or is_whole(entry) for entry in entries):
         return None
     return source, regroup(axes, hinted_shape(source))
+
+
+def is_whole(entry: Any) -> bool:
+    """True for a slice of everything."""
+    return isinstance(entry, slice) and entry.start in (None, 0) and entry.stop is None and entry.step in (None, 1)
 
 
 def origin(node: fx.Node, axes: Axes, needed: Axis = (), rank: int = 4) -> tuple[fx.Node, Axes]:

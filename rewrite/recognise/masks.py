@@ -25,7 +25,7 @@ def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
     """True where the mask tensors of the region hide every key after the query (queries aligned with the last keys)."""
     sizes = (region.sizes["B"], region.sizes["H"], region.sizes["Nq"], region.sizes["Nk"])
     n_queries, n_keys = sizes[2:]
-    axes = tensors_in(region.score, region.mask)
+    axes = tensors_in(region.attend.score, region.attend.mask)
     values: dict[str, Any] = {}
     has_pairs = False
     for name, operand in region.tensors.items():
@@ -40,15 +40,15 @@ def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
     values.update(positions(n_queries, n_keys, device), qk=torch.zeros((), device=device))
     unknown = {name for name in axes if name not in values}
     visible = torch.ones(1, 1, n_queries, n_keys, dtype=torch.bool, device=device)
-    for term in conjuncts(region.mask):
+    for term in conjuncts(region.attend.mask):
         if not unknown & tensors_in(term).keys():
             visible = visible & evaluate_expression(term, values)
     # What is computed from activations is taken for a number of no consequence, unless it decides which score there is.
-    if any(value_of(region.tensors[name].node).dtype == torch.bool for name in unknown & tensors_in(region.score).keys()):
+    if any(value_of(region.tensors[name].node).dtype == torch.bool for name in unknown & tensors_in(region.attend.score).keys()):
         return False
     values.update({name: torch.zeros((), device=device) for name in unknown})
-    if tensors_in(region.score):
-        visible = visible & (evaluate_expression(region.score, values) > _HIDDEN)
+    if tensors_in(region.attend.score):
+        visible = visible & (evaluate_expression(region.attend.score, values) > _HIDDEN)
     later = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).triu(n_keys - n_queries + 1)
     return not bool((visible & later).any())
 

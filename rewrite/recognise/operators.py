@@ -9,8 +9,10 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn import functional
 
 # canonical name -> the functions that mean it (method names are matched by `_METHODS`).
@@ -21,10 +23,31 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "div": (torch.div, torch.divide, torch.true_divide, operator.truediv, operator.itruediv),
     "matmul": (torch.matmul, torch.bmm, operator.matmul),
     "baddbmm": (torch.baddbmm,),
+    "addmm": (torch.addmm,),
     "einsum": (torch.einsum, functional.__dict__.get("einsum", torch.einsum)),
     "linear": (functional.linear, torch._C._nn.linear),
     "conv": (torch.conv1d, torch.conv2d, torch.conv3d, functional.conv1d, functional.conv2d, functional.conv3d),
     "softmax": (torch.softmax, functional.softmax, torch.special.softmax),
+    "log_softmax": (torch.log_softmax, functional.log_softmax, torch.special.log_softmax),
+    "neg": (torch.neg, torch.negative, operator.neg),
+    "exp": (torch.exp,),
+    "log": (torch.log,),
+    "tanh": (torch.tanh, functional.tanh),
+    "sigmoid": (torch.sigmoid, functional.sigmoid, torch.special.expit),
+    "relu": (torch.relu, functional.relu),
+    "square": (torch.square,),
+    "clamp": (torch.clamp, torch.clip),
+    "clamp_min": (torch.clamp_min,),
+    "clamp_max": (torch.clamp_max,),
+    "maximum": (torch.maximum,),
+    "minimum": (torch.minimum,),
+    "sum": (torch.sum,),
+    "amax": (torch.amax,),
+    "max": (torch.max,),
+    "logsumexp": (torch.logsumexp, torch.special.logsumexp),
+    "pad": (functional.pad, torch._C._nn.pad),
+    "narrow": (torch.narrow,),
+    "detach": (torch.detach,),
     "attention": (functional.scaled_dot_product_attention,),
     "dropout": (functional.dropout, torch.dropout, functional.dropout1d),
     "transpose": (torch.transpose, torch.swapaxes, torch.swapdims),
@@ -40,6 +63,10 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "where": (torch.where,),
     "layer_norm": (functional.layer_norm, torch.layer_norm),
     "rms_norm": (functional.rms_norm, torch.rms_norm),
+    "normalize": (functional.normalize,),
+    "unbind": (torch.unbind,),
+    "chunk": (torch.chunk,),
+    "split": (torch.split,),
     "repeat_interleave": (torch.repeat_interleave,),
     "clone": (torch.clone,),
 }
@@ -52,7 +79,30 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "div": ("div", "div_", "divide", "divide_", "true_divide"),
     "matmul": ("matmul", "bmm", "__matmul__"),
     "baddbmm": ("baddbmm",),
+    "addmm": ("addmm",),
     "softmax": ("softmax",),
+    "unbind": ("unbind",),
+    "chunk": ("chunk",),
+    "split": ("split", "split_with_sizes"),
+    "log_softmax": ("log_softmax",),
+    "neg": ("neg", "neg_", "__neg__"),
+    "exp": ("exp", "exp_"),
+    "log": ("log",),
+    "tanh": ("tanh", "tanh_"),
+    "sigmoid": ("sigmoid", "sigmoid_"),
+    "relu": ("relu", "relu_"),
+    "square": ("square", "square_"),
+    "clamp": ("clamp", "clamp_", "clip", "clip_"),
+    "clamp_min": ("clamp_min", "clamp_min_"),
+    "clamp_max": ("clamp_max", "clamp_max_"),
+    "maximum": ("maximum",),
+    "minimum": ("minimum",),
+    "sum": ("sum",),
+    "amax": ("amax",),
+    "max": ("max",),
+    "logsumexp": ("logsumexp",),
+    "narrow": ("narrow",),
+    "detach": ("detach",),
     "transpose": ("transpose", "swapaxes", "swapdims"),
     "permute": ("permute",),
     "reshape": ("reshape", "view"),
@@ -76,6 +126,22 @@ _BY_METHOD: dict[str, str] = {method: name for name, methods in _METHODS.items()
 # The position at which each operator takes an argument that may also be given by name.
 _POSITIONS: Mapping[tuple[str, str], int] = {
     ("softmax", "dim"): 1,
+    ("log_softmax", "dim"): 1,
+    ("sum", "dim"): 1,
+    ("sum", "keepdim"): 2,
+    ("amax", "dim"): 1,
+    ("amax", "keepdim"): 2,
+    ("max", "dim"): 1,
+    ("max", "keepdim"): 2,
+    ("logsumexp", "dim"): 1,
+    ("logsumexp", "keepdim"): 2,
+    ("clamp", "min"): 1,
+    ("clamp", "max"): 2,
+    ("clamp_min", "min"): 1,
+    ("clamp_max", "max"): 1,
+    ("pad", "pad"): 1,
+    ("pad", "mode"): 2,
+    ("pad", "value"): 3,
     ("attention", "attn_mask"): 3,
     ("attention", "dropout_p"): 4,
     ("attention", "is_causal"): 5,
@@ -86,6 +152,9 @@ _POSITIONS: Mapping[tuple[str, str], int] = {
     ("flatten", "start_dim"): 1,
     ("flatten", "end_dim"): 2,
     ("layer_norm", "normalized_shape"): 1,
+    ("unbind", "dim"): 1,
+    ("chunk", "dim"): 2,
+    ("split", "dim"): 2,
 }
 
 
@@ -122,22 +191,42 @@ def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+class Extent(int):
+    """The length of an axis as it was traced, and what it is exactly: an expression in the symbols of the trace."""
+
+    exact: sympy.Expr
+
+    def __new__(cls, length: int, exact: sympy.Expr | int) -> Extent:
+        extent = super().__new__(cls, length)
+        extent.exact = sympy.sympify(exact)
+        return extent
+
+
+class UnknownSizeError(ValueError):
+    """A size that depends on data: the trace has no number for it."""
+
+
 def hint(size: Any) -> int:
     """A size as a number: the one it was traced with where it is symbolic."""
     if isinstance(size, torch.SymInt):
-        known = size.node.hint
+        known = size.node.hint if not free_unbacked_symbols(size) else None
         if known is None:
-            raise ValueError(f"the size {size} depends on data and has no traced value")
+            raise UnknownSizeError(f"the size {size} depends on data and has no traced value")
         return int(known)
     return int(size)
 
 
-def hinted_shape(node: fx.Node) -> tuple[int, ...]:
+def exact(size: Any) -> sympy.Expr:
+    """A size as an expression: a number, or one in the symbols of the trace."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def hinted_shape(node: fx.Node) -> tuple[Extent, ...]:
     """The traced shape of a tensor node in numbers."""
     shape = shape_of(node)
     if shape is None:
         raise ValueError(f"{node.name} is not a tensor")
-    return tuple(hint(size) for size in shape)
+    return tuple(Extent(hint(size), exact(size)) for size in shape)
 
 
 def module_path(node: fx.Node) -> str:

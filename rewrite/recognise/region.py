@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from rewrite.recognise.index_algebra import Axes, Axis, leaves, resolve, size
+from rewrite.ir.expression import INDICES
+from rewrite.ir.operations import Attend
+from rewrite.recognise.index_algebra import Atom, Axes, Axis, exact_product, leaves, resolve
+from rewrite.recognise.operators import exact, shape_of
 
 
 class NearMissError(Exception):
     """What looked like attention and is not one that can be handled; the message is the first thing that did not fit."""
+
+
+@dataclass(frozen=True)
+class SizeOf:
+    """The length of an axis of the tensor that is being viewed, divided by a number: a size that changes from call to call."""
+
+    axis: int
+    divisor: int = 1
+
+
+# One length of a view: a number, -1 for what is left, or a length of the tensor itself.
+Length = int | SizeOf
 
 
 @dataclass(frozen=True)
@@ -25,8 +40,8 @@ class Layout:
     """
 
     order: tuple[int, ...]
-    split: tuple[int, ...] | None = None
-    merged: tuple[int, ...] | None = None
+    split: tuple[Length, ...] | None = None
+    merged: tuple[Length, ...] | None = None
     squeezed: tuple[int, ...] = ()
     appended: int = 0
 
@@ -47,8 +62,30 @@ class Layout:
     def apply(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor in the IR's order."""
         for method, arguments in self.steps():
-            tensor = getattr(tensor, method)(*arguments)
+            tensor = viewed(tensor, *arguments) if method == "reshape" else getattr(tensor, method)(*arguments)
         return tensor
+
+
+def viewed(tensor: torch.Tensor, shape: object) -> torch.Tensor:
+    """The tensor viewed with a shape whose lengths may be its own."""
+    assert isinstance(shape, tuple)
+    return tensor.reshape([tensor.shape[n.axis] // n.divisor if isinstance(n, SizeOf) else n for n in shape])
+
+
+def shape_in(source: Sequence[sympy.Expr], target: Sequence[sympy.Expr]) -> tuple[Length, ...] | None:
+    """The lengths `target` of a view of a tensor of the lengths `source`; None where they cannot be told from these."""
+    lengths: list[Length] = []
+    for wanted in target:
+        if wanted.is_Integer:
+            lengths.append(int(wanted))
+            continue
+        ratios = [(axis, sympy.cancel(extent / wanted)) for axis, extent in enumerate(source)]
+        own = [SizeOf(axis, int(ratio)) for axis, ratio in ratios if ratio.is_Integer and ratio > 0]
+        # A length that is no axis of the tensor is what is left over; there can be one.
+        if not own and -1 in lengths:
+            return None
+        lengths.append(min(own, key=lambda length: length.divisor) if own else -1)
+    return tuple(lengths)
 
 
 @dataclass(frozen=True)
@@ -63,8 +100,10 @@ class Operand:
 class Region:
     """One attention as it stands in a graph.
 
-    output: the node whose value the site computes, [B, H, Nq, Dv] after `output_layout` is undone (`output_order` says which of the IR's
-    axes each of its axes is). sizes: the IR's sizes by name. core: the softmax or the fused call, which names the site.
+    attend: what it computes, as an operation of the IR. output: the node whose value the site computes: [B, H, Nq, Dv], permuted by
+    `output_order` (which of the IR's axes each of its axes is) and viewed as `output_shape`. tensors: what `attend` reads beside query,
+    key and value. sizes: the IR's sizes by name. core: the normaliser or the fused call, which names the site.
+    channels: queries and keys are channels, not tokens (cross-covariance).
     """
 
     core: fx.Node
@@ -72,14 +111,14 @@ class Region:
     query: Operand
     key: Operand
     value: Operand
-    score: sympy.Expr
-    mask: Boolean
+    attend: Attend
     tensors: dict[str, Operand]
     sizes: dict[str, int]
     output_order: tuple[int, ...]
-    output_shape: tuple[int, ...] | None
+    output_shape: tuple[Length, ...] | None
     dropout: float = 0.0
     map_readers: tuple[str, ...] = ()
+    channels: bool = False
 
     def operands(self) -> dict[str, Operand]:
         """Every tensor the region reads, by the name it has in the IR."""
@@ -102,9 +141,11 @@ def layout_of(node: fx.Node, axes: Axes, groups: tuple[Axis, ...]) -> Layout:
         return _permuted(axes, present)
     flat = [atom for axis in axes for atom in axis]
     order = tuple(flat.index(atom) for group in present for atom in group)
-    if is_symbolic(node):
-        raise NearMissError(f"{node.name} mixes indices in one axis while its sizes are symbolic")
-    return Layout(order=order, split=tuple(atom.size for atom in flat), merged=tuple(size(group) for group in present))
+    split = shape_in([exact(extent) for extent in shape_of(node) or ()], [atom.exact for atom in flat])
+    merged = shape_in([flat[place].exact for place in order], [exact_product(group) for group in present])
+    if split is None or merged is None:
+        raise NearMissError(f"{node.name} mixes several indices of symbolic size in one axis")
+    return Layout(order=order, split=split, merged=merged)
 
 
 def _permuted(axes: Axes, present: list[Axis]) -> Layout:
@@ -131,19 +172,46 @@ def _permuted(axes: Axes, present: list[Axis]) -> Layout:
     return Layout(order=tuple(filled), appended=order.count(-1))
 
 
-def is_symbolic(node: fx.Node) -> bool:
-    """True where some size of the node is symbolic."""
-    value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and any(isinstance(extent, torch.SymInt) for extent in value.shape)
+def reading_layout(node: fx.Node, axes: Axes, groups: Mapping[str, Axis]) -> tuple[tuple[sympy.Expr, ...], Layout]:
+    """For a tensor read inside an expression: the IR's indices that it has, and the layout that leaves just those axes.
 
-
-def reduced_layout(node: fx.Node, axes: Axes, groups: dict[str, Axis]) -> tuple[str, Layout]:
-    """For a tensor read inside the score: the axes it has among "bhij" and the layout that leaves just those.
-
-    A single number keeps one axis, which broadcasts along the keys.
+    A tensor that runs over a part of an index (rows of a grid of keys, say) is read at that part of it: floor(j / width). A single number
+    keeps one axis, which broadcasts along the keys.
     """
     axes = resolve(axes)
-    present = {letter: leaves(group) for letter, group in groups.items()}
-    letters = "".join(letter for letter, group in present.items() if group and any(set(axis) & set(group) for axis in axes))
-    layout = layout_of(node, axes, tuple(present[letter] for letter in letters))
-    return letters, layout if letters else replace(layout, order=(0,), appended=1)
+    held = {atom for axis in axes for atom in axis}
+    indices: list[sympy.Expr] = []
+    parts: list[Axis] = []
+    for letter, group in groups.items():
+        whole = leaves(group)
+        for run in _runs(whole, held):
+            indices.append(_digit(INDICES[letter], whole, run))
+            parts.append(run)
+    layout = layout_of(node, axes, tuple(parts))
+    if indices:
+        return tuple(indices), layout
+    return (INDICES["j"],), replace(layout, order=(0,), appended=1)
+
+
+def _runs(whole: Axis, held: set[Atom]) -> list[Axis]:
+    """The longest runs of an index's atoms that a tensor holds."""
+    runs: list[list[Atom]] = []
+    for before, atom in zip((None, *whole), whole, strict=False):
+        if atom in held:
+            if before in held and runs:
+                runs[-1].append(atom)
+            else:
+                runs.append([atom])
+    return [tuple(run) for run in runs]
+
+
+def _digit(index: sympy.Symbol, whole: Axis, run: Axis) -> sympy.Expr:
+    """The part of an index that a run of its atoms is: floor(index / what lies below) modulo its own size."""
+    if run == whole:
+        return index
+    first, after = whole.index(run[0]), whole[whole.index(run[-1]) + 1 :]
+    below, own = exact_product(after), exact_product(run)
+    if not below.is_Integer or (first and not own.is_Integer):
+        raise NearMissError(f"a part of {index} that is read has a symbolic size")
+    digit = sympy.floor(index / below)
+    return sympy.Mod(digit, own) if first else digit

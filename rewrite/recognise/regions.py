@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from rewrite.recognise.fused import fused_attention
-from rewrite.recognise.index_algebra import (
-    MismatchError,
-)
-from rewrite.recognise.operators import canonical, module_path, spelled, value_of
+from rewrite.recognise.index_algebra import MismatchError
+from rewrite.recognise.operators import UnknownSizeError, canonical, module_path, spelled
 from rewrite.recognise.region import NearMissError, Region
-from rewrite.recognise.softmax import contraction_after, written_out_attention
+from rewrite.recognise.unnormalised import linear_attention, quadratic_attention
+from rewrite.recognise.written_out import contraction_after, normalised_weights, written_out_attention
 
 
 @dataclass(frozen=True)
@@ -29,21 +27,37 @@ class NearMiss:
 def find_regions(graph: fx.Graph) -> tuple[list[Region], list[NearMiss]]:
     """Every attention of a graph in program order, and what looked like one."""
     regions: list[Region] = []
-    misses: list[NearMiss] = []
+    misses: list[tuple[fx.Node, NearMiss]] = []
     for node in graph.nodes:
-        name = canonical(node)
+        product = node
         try:
-            if name == "attention":
+            if canonical(node) == "attention":
                 regions.append(fused_attention(node))
-            elif name == "softmax" and isinstance(value_of(node), torch.Tensor):
-                product = contraction_after(node)
-                if product is not None:
-                    regions.append(written_out_attention(node, *product))
-            elif not name and node.op.startswith("call") and "attention" in spelled(node).lower():
+            elif (weights := normalised_weights(node)) is not None:
+                found = contraction_after(node)
+                if found is not None:
+                    product = found[0]
+                    regions.append(written_out_attention(weights, *found))
+            elif not canonical(node) and node.op.startswith("call") and "attention" in spelled(node).lower():
                 raise NearMissError(f"{spelled(node)} is an attention call this does not read")
-        except (NearMissError, MismatchError) as error:
-            misses.append(NearMiss(node.name, module_path(node), str(error)))
-    return regions, misses
+        except (NearMissError, MismatchError, UnknownSizeError) as error:
+            misses.append((product, NearMiss(node.name, module_path(node), str(error))))
+    taken = {node for region in regions for node in interior(region)}
+    for node in graph.nodes:
+        if node not in taken and (region := _unnormalised(node)) is not None:
+            regions.append(region)
+            taken |= set(interior(region))
+    # A normaliser may also be a part of an attention that was found: positions that are mixed into its map, a feature map of its keys.
+    left = [miss for product, miss in misses if product not in taken]
+    return sorted(regions, key=lambda region: region.core), left
+
+
+def _unnormalised(node: fx.Node) -> Region | None:
+    """An attention without a softmax that ends at the node; two contractions in a row need not be one, and are no near miss."""
+    try:
+        return linear_attention(node) or quadratic_attention(node)
+    except (NearMissError, MismatchError, UnknownSizeError):
+        return None
 
 
 def interior(region: Region) -> Iterator[fx.Node]:

@@ -17,7 +17,7 @@ from rewrite.recognise.operators import hinted_shape, module_path
 from rewrite.recognise.region import Region
 from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.streams import cache_entries, reaches, residual_stream, self_source
-from rewrite.recognise.verify import region_attend, structure, verify
+from rewrite.recognise.verify import structure, verify
 from rewrite.tokens import layout as tokens
 from rewrite.tokens.layout import TokenLayouts
 from rewrite.tokens.visual import VisualMerge, visual_merges
@@ -144,8 +144,8 @@ def _place(
         layer=layer,
         depth=0,
         stack=stack,
-        kind="cross" if source is None else "self",
-        body=Body((region_attend(region),)),
+        kind="channel" if region.channels else "cross" if source is None else "self",
+        body=Body((region.attend,)),
         dims=dims,
         layout=_site_layout(known, visual),
         operands=tuple(operands),
@@ -160,4 +160,4 @@ def _place(
 def _site_layout(lies: tokens.TokenLayout | None, visual: bool) -> TokenLayout:
     if lies is None:
         return TokenLayout(visual=visual)
-    return TokenLayout(lies.grid, lies.prefix, visual, lies.window, lies.partition, lies.shifted, lies.raster)
+    return TokenLayout(lies.grid, lies.prefix, visual, lies.window, lies.partition, lies.shifted)

@@ -11,7 +11,7 @@ from rewrite.recognise.operators import argument, canonical, hinted_shape, value
 from rewrite.recognise.region import Region
 
 # Projections from channels to channels; the walk back from queries and keys ends at their input.
-_PROJECTIONS = frozenset({"linear", "conv"})
+_PROJECTIONS = frozenset({"linear", "conv", "addmm"})
 # Per-token normalisation and what does not change the tokens: the walk from a projection to the residual stream goes through these.
 _NORMALISATION = frozenset({"layer_norm", "rms_norm", "cast", "dropout", "contiguous", "clone"})
 
@@ -29,16 +29,34 @@ def sources(node: fx.Node) -> set[fx.Node]:
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        if canonical(current) in _PROJECTIONS:
-            source = current.args[0]
-            if isinstance(source, fx.Node):
-                found.add(source)
+        projected = _projected(current)
+        if projected is not None:
+            found.add(projected)
             continue
         for previous in current.all_input_nodes:
             if previous not in seen and isinstance(value_of(previous), torch.Tensor | tuple | list):
                 seen.add(previous)
                 stack.append(previous)
     return found
+
+
+def _projected(node: fx.Node) -> fx.Node | None:
+    """What a projection projects: its input, or the operand of a product that is no parameter while the other is one."""
+    name = canonical(node)
+    if name in ("linear", "conv"):
+        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if name not in ("addmm", "matmul"):
+        return None
+    factors = [operand for operand in node.args[-2:] if isinstance(operand, fx.Node)]
+    own = [factor for factor in factors if not _of_parameters(factor)]
+    return own[0] if len(factors) == 2 and len(own) == 1 else None
+
+
+def _of_parameters(node: fx.Node) -> bool:
+    """True for a parameter and views of it."""
+    while canonical(node) in ("transpose", "permute", "reshape", "cast") and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return is_parameter(node)
 
 
 def cache_entries(node: fx.Node) -> list[fx.Node]:

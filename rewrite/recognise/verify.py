@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import attention_weights
 from rewrite.recognise.operators import canonical, hint, hinted_shape, spelled, value_of
-from rewrite.recognise.region import Region
+from rewrite.recognise.region import Region, viewed
 from rewrite.recognise.regions import interior
 
 # Two draws: scores of order one, and scores large enough for the softmax to be peaked.
@@ -19,15 +18,10 @@ _DRAWS = ((0, 1.0), (1, 4.0))
 _SLACK = 64.0
 
 
-def region_attend(region: Region) -> Attend:
-    """The region as an IR operation."""
-    return Attend("output", "query", "key", "value", region.score, region.mask)
-
-
 def structure(region: Region) -> str:
     """A text that two regions share if and only if verifying one verifies the other: operators, constants, shapes and the IR."""
     numbers: dict[fx.Node, int] = {operand.node: place for place, operand in enumerate(region.operands().values())}
-    lines = [str(region.score), str(region.mask), str(region.sizes), str(region.output_order), str(region.output_shape)]
+    lines = [region.attend.to_json(), str(region.sizes), str(region.output_order), str(region.output_shape)]
     lines += [f"{name} {operand.layout} {_described(operand.node)}" for name, operand in region.operands().items()]
 
     def write(value: Any) -> str:
@@ -47,23 +41,24 @@ def _described(node: fx.Node) -> str:
 
 def verify(region: Region) -> str | None:
     """None where IR and graph agree on every draw, else what was found, in words."""
-    operation = region_attend(region)
+    divides_by_sum = region.attend.normaliser == "sum" or region.attend.renormalised
     for seed, spread in _DRAWS:
         generator = torch.Generator().manual_seed(seed)
-        values = {operand.node: _draw(operand.node, spread, generator, region) for operand in region.operands().values()}
+        values = {operand.node: _draw(operand.node, spread, generator, divides_by_sum) for operand in region.operands().values()}
         operands = {name: operand.layout.apply(values[operand.node]) for name, operand in region.operands().items()}
-        weights = attention_weights(operation, operands)
+        weights = attention_weights(region.attend, operands)
         expected = weights @ operands["value"].repeat_interleave(weights.shape[1] // operands["value"].shape[1], dim=1)
         # A query that sees no key is zeros in the IR; what the model makes of it (NaN, a mean, zeros) is not compared.
         expected = expected.masked_fill(weights.sum(-1, keepdim=True) == 0, torch.nan).permute(region.output_order)
         if region.output_shape is not None:
-            expected = expected.reshape(region.output_shape)
+            expected = viewed(expected, region.output_shape)
         actual = _run(region, values)
         if actual.shape != expected.shape:
             return f"the graph gives {tuple(actual.shape)}, the IR {tuple(expected.shape)}"
-        # Every output is a mean of values: the rounding of its sum over keys and of scores up to `largest` is what may differ.
+        # Every output is a weighted sum of values: the rounding of that sum and of scores up to `largest` is what may differ.
         largest = (operands["query"].norm(dim=-1).amax() * operands["key"].norm(dim=-1).amax()).item()
-        budget = torch.finfo(torch.float64).eps * (_SLACK + region.sizes["Nk"] + largest) * operands["value"].abs().max().item()
+        mass = max(1.0, weights.abs().sum(-1).max().item())
+        budget = torch.finfo(torch.float64).eps * (_SLACK + region.sizes["Nk"] + largest) * mass * operands["value"].abs().max().item()
         compared = ~expected.isnan()
         if not compared.any():
             return "its masks hide every key from every query"
@@ -73,7 +68,7 @@ def verify(region: Region) -> str | None:
     return None
 
 
-def _draw(node: fx.Node, spread: float, generator: torch.Generator, region: Region) -> torch.Tensor:
+def _draw(node: fx.Node, spread: float, generator: torch.Generator, divides_by_sum: bool) -> torch.Tensor:
     """A random value for an operand: normal numbers, or a mask that is True for two thirds of the pairs.
 
     Of every row it holds the first key apart from the last, so that whichever of True and False hides, some key is seen.
@@ -86,7 +81,9 @@ def _draw(node: fx.Node, spread: float, generator: torch.Generator, region: Regi
         return mask
     if not dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator).to(dtype)
-    return torch.randn(shape, generator=generator, dtype=torch.float64) * float(spread / max((1, *shape[-1:])) ** 0.25)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * float(spread / max((1, *shape[-1:])) ** 0.25)
+    # A sum of weights that may cancel has no bound for what it divides; positive features are what such attention is made for.
+    return drawn.abs() if divides_by_sum else drawn
 
 
 def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:

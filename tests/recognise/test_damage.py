@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import sympy
@@ -35,14 +36,28 @@ def swapped_heads(operand: Operand) -> Operand:
     return Operand(operand.node, Layout(order=(1, 0, 2, 3), merged=(B, -1, N, D)))
 
 
+def computing(region: Region, **changed: Any) -> Region:
+    """The region with another score or mask."""
+    return replace(region, attend=replace(region.attend, **changed))
+
+
+def scaled(region: Region, factor: float) -> Region:
+    return computing(region, score=region.attend.score.subs(QK, QK * sympy.Float(factor)))
+
+
+def dot_product(region: Region) -> sympy.Expr:
+    """The score's part in qk."""
+    return region.attend.score.coeff(QK, 1) * QK
+
+
 DAMAGE: dict[str, Callable[[Region], Region]] = {
-    "scale": lambda region: replace(region, score=region.score.subs(QK, QK * sympy.Float(1.01))),
-    "scale, hardly": lambda region: replace(region, score=region.score.subs(QK, QK * sympy.Float(1 + 1e-6))),
-    "no bias": lambda region: replace(region, score=region.score.coeff(QK, 1) * QK),
-    "bias twice": lambda region: replace(region, score=2 * region.score - region.score.coeff(QK, 1) * QK),
-    "no mask": lambda region: replace(region, mask=sympy.true),
-    "mask swapped": lambda region: replace(region, mask=sympy.Not(region.mask)),
-    "causal too": lambda region: replace(region, mask=sympy.And(region.mask, J <= I)),
+    "scale": lambda region: scaled(region, 1.01),
+    "scale, hardly": lambda region: scaled(region, 1 + 1e-6),
+    "no bias": lambda region: computing(region, score=dot_product(region)),
+    "bias twice": lambda region: computing(region, score=2 * region.attend.score - dot_product(region)),
+    "no mask": lambda region: computing(region, mask=sympy.true),
+    "mask swapped": lambda region: computing(region, mask=sympy.Not(region.attend.mask)),
+    "causal too": lambda region: computing(region, mask=sympy.And(region.attend.mask, J <= I)),
     "keys for queries": lambda region: replace(region, query=region.key, key=region.query),
     "heads of values moved": lambda region: replace(region, value=swapped_heads(region.value)),
     "heads moved": lambda region: replace(region, key=swapped_heads(region.key)),
@@ -66,7 +81,7 @@ def test_masks_of_few_and_many_keys_are_confirmed(keep: bool, keys: int, polarit
     """Some row of a drawn mask hides every key: that is no difference; the polarity is, in every case."""
     model = Attention(lambda self, q, k, v, m: weighted(q, k, v, lambda s: (s * SCALE).masked_fill(~m if keep else m, -torch.inf)))
     region = region_of(model, x(tokens=keys), torch.full((B, 1, keys, keys), keep))
-    assert (verify(region if polarity else replace(region, mask=sympy.Not(region.mask))) is None) is polarity
+    assert (verify(region if polarity else computing(region, mask=sympy.Not(region.attend.mask))) is None) is polarity
 
 
 def test_wrong_shared_heads_are_found() -> None:
@@ -79,8 +94,8 @@ def test_wrong_shared_heads_are_found() -> None:
 def test_a_causal_call_read_without_its_mask_is_found() -> None:
     region = region_of(Attention(lambda self, q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True)), x())
     assert verify(region) is None
-    assert verify(replace(region, mask=sympy.true)) is not None
-    assert verify(replace(region, mask=sympy.Lt(J, I) | sympy.Eq(J, 0))) is not None
+    assert verify(computing(region, mask=sympy.true)) is not None
+    assert verify(computing(region, mask=sympy.Lt(J, I) | sympy.Eq(J, 0))) is not None
 
 
 def test_damage_is_reported_as_a_near_miss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,415 @@
+"""Reading an expression off the graph: from a node back to the one it is computed from, element by element.
+
+A score is read so from the normaliser's input back to the product of queries and keys, and a weight from the contraction with the values
+back to the normaliser. Everything else that is met is a leaf: a tensor that the expression reads, with the indices it runs over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from sympy.logic.boolalg import Boolean
+from torch import fx
+
+from rewrite.ir.expression import W
+from rewrite.recognise.contraction import CONTRACTIONS, broadcast, contract, number
+from rewrite.recognise.index_algebra import Axes, Axis, MismatchError, back_through, fresh, leaves, unify
+from rewrite.recognise.operators import argument, canonical, hinted_shape, spelled, value_of
+from rewrite.recognise.region import NearMissError
+
+_UNCHANGED = frozenset({"cast", "contiguous", "clone", "detach", "dropout"})
+_VIEWS = frozenset({"transpose", "permute", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"})
+# Functions of one number.
+_FUNCTIONS: Mapping[str, Callable[[sympy.Expr], sympy.Expr]] = {
+    "neg": lambda x: -x,
+    "exp": sympy.exp,
+    "tanh": sympy.tanh,
+    "sigmoid": lambda x: 1 / (1 + sympy.exp(-x)),
+    "relu": lambda x: sympy.Max(x, 0),
+    "square": lambda x: x**2,
+}
+# Functions of two.
+_OPERATORS: Mapping[str, Callable[[sympy.Expr, sympy.Expr], sympy.Expr]] = {
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "div": lambda x, y: x / y,
+    "maximum": sympy.Max,
+    "minimum": sympy.Min,
+}
+_BOUNDS: Mapping[str, tuple[str, ...]] = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
+_CHOICES = frozenset({"masked_fill", "where"})
+_ELEMENTWISE = frozenset({*_FUNCTIONS, *_OPERATORS, *_BOUNDS, *_CHOICES})
+# A linear map of heads stands among elementwise operators where heads are mixed.
+_MIXES = frozenset({"linear", "conv"})
+
+# What reads a tensor's shape and type and none of its numbers.
+_SHAPE_ONLY = frozenset({"full_like", "zeros_like", "ones_like", "empty_like", "new_full", "new_zeros", "new_ones", "new_empty"})
+
+# Stands for what is subtracted from every score of a query alike: no softmax changes by it.
+SHIFT = sympy.Symbol("shift", real=True)
+# Stands for the heads' mixture that `Mixture.inner` goes into.
+MIXED = sympy.Symbol("mixed", real=True)
+
+
+def leaf_symbol(name: str) -> sympy.Symbol:
+    """What a leaf is written with until it is known which indices it runs over."""
+    return sympy.Symbol(name, real=True)
+
+
+@dataclass
+class Mixture:
+    """mixed[g] = sum_h matrix[g, h] * inner[h] + bias[g], over the heads on `axis`. matrix: the node, and its axes (g, h) by place."""
+
+    inner: sympy.Expr
+    axis: Axis
+    matrix: fx.Node
+    order: tuple[int, int]
+    squeezed: tuple[int, ...] = ()
+    bias: fx.Node | None = None
+
+
+@dataclass
+class Joined:
+    """Scores with one more logit on the normalised axis: whole is that axis, keys the part of it that keys have, from `start` on."""
+
+    whole: Axis
+    keys: Axis
+    start: int
+    scores: sympy.Expr
+    sink: sympy.Expr
+
+
+@dataclass
+class ExpressionReader:
+    """Reads the expression between one node and a later one.
+
+    base, axes, expression: where it begins, the indices there, and what it is written as. normalised: the axis that the expression is
+    normalised over afterwards, where one is. leaves: what was read, by name; shared between the readers of one region.
+    """
+
+    base: fx.Node
+    axes: Axes
+    expression: sympy.Expr
+    leaves: dict[str, tuple[fx.Node, Axes]]
+    normalised: Axis | None = None
+    joined: Joined | None = None
+    mask: Boolean = sympy.true
+    mixture: Mixture | None = None
+    renormalised: bool = False
+    dropout: float = 0.0
+    _depends: dict[fx.Node, bool] = field(default_factory=dict)
+
+    def read(self, node: fx.Node, axes: Axes) -> sympy.Expr:
+        """The expression at `node`, whose axes are given; they are unified with those of the base on arrival."""
+        return self._operand(node, axes)
+
+    def depends(self, node: fx.Node) -> bool:
+        """True where the node is computed from the base by what an expression may be made of."""
+        if node is self.base:
+            return True
+        if node not in self._depends:
+            self._depends[node] = False
+            self._depends[node] = is_step(node) and any(self.depends(source) for source in node.all_input_nodes)
+        return self._depends[node]
+
+    def _computed_from_base(self, node: fx.Node) -> bool:
+        """True where a tensor comes from the base by anything else than what an expression may be made of."""
+        stack, seen = [node], {node}
+        while stack:
+            current = stack.pop()
+            if current is self.base:
+                return True
+            if spelled(current) in _SHAPE_ONLY or not isinstance(value_of(current), torch.Tensor | tuple | list):
+                continue
+            earlier = [source for source in current.all_input_nodes if source not in seen and not source < self.base]
+            seen.update(earlier)
+            stack += earlier
+        return False
+
+    def leaf(self, node: fx.Node, axes: Axes) -> sympy.Symbol:
+        """The symbol of a tensor read with the given indices."""
+        for name, (known, its_axes) in self.leaves.items():
+            if known is node and [leaves(axis) for axis in its_axes] == [leaves(axis) for axis in axes]:
+                return leaf_symbol(name)
+        name = f"t{len(self.leaves)}"
+        self.leaves[name] = (node, axes)
+        return leaf_symbol(name)
+
+    def _operand(self, value: Any, axes: Axes) -> sympy.Expr:
+        constant = number(value)
+        if constant is not None:
+            return constant
+        if not isinstance(value, fx.Node):
+            raise NearMissError(f"{value!r} in the score is neither a tensor nor a number")
+        if not isinstance(value_of(value), torch.Tensor):
+            raise NearMissError(f"{value.name} in the score is a size, not a tensor or a number")
+        aligned = broadcast(axes, hinted_shape(value))
+        if self.depends(value):
+            return self._expression(value, aligned)
+        if self._computed_from_base(value):
+            if self.normalised is not None and not set(leaves(self.normalised)) & {atom for axis in aligned for atom in leaves(axis)}:
+                return SHIFT
+            raise NearMissError(f"{value.name} ({spelled(value)}) computes a part of the score from the scores themselves")
+        return self.leaf(value, aligned)
+
+    def _expression(self, node: fx.Node, axes: Axes) -> sympy.Expr:
+        if node is self.base:
+            for here, there in zip(axes, self.axes, strict=True):
+                if here or not leaves(there):
+                    unify(there, here)
+            return self.expression
+        name = canonical(node)
+        if name == "dropout" and argument(node, "training", True):
+            self.dropout = max(self.dropout, float(argument(node, "p", 0.5)))
+        if name in _UNCHANGED:
+            return self._operand(node.args[0], axes)
+        if name == "div" and self.expression == W and (total := summed(pair(node)[1])) is not None and total.of is pair(node)[0]:
+            return self._renormalised(node, total, axes)
+        if name in _OPERATORS:
+            left, right = pair(node)
+            return _OPERATORS[name](self._operand(left, axes), self._times(node, self._operand(right, axes)))
+        if name in _FUNCTIONS:
+            return _FUNCTIONS[name](self._operand(node.args[0], axes))
+        if name in _BOUNDS:
+            return self._bounded(node, axes)
+        if name == "masked_fill":
+            source, mask, value = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs["value"]
+            return self._filled(self._operand(source, axes), self._operand(mask, axes), value, axes)
+        if name == "where":
+            condition, yes, no = _branches(node)
+            if isinstance(yes, fx.Node) and self.depends(yes):
+                return self._filled(self._operand(yes, axes), self._operand(condition, axes), no, axes, keep_where_true=True)
+            return self._filled(self._operand(no, axes), self._operand(condition, axes), yes, axes)
+        if name in _MIXES or name == "einsum":
+            return self._mixed(node, axes)
+        if name == "cat":
+            return self._with_sink(node, axes)
+        if name == "getitem" and self.joined is not None and not _only_adds_axes(node):
+            return self._without_sink(node, axes, self.joined)
+        return self._viewed(node, axes)
+
+    def _viewed(self, node: fx.Node, axes: Axes) -> sympy.Expr:
+        try:
+            step = back_through(node, axes)
+        except MismatchError as error:
+            raise NearMissError(f"{node.name}: {error}") from None
+        if step is None:
+            raise NearMissError(f"{node.name} ({spelled(node)}) stands between the scores and the softmax")
+        return self._operand(step[0], step[1])
+
+    def _times(self, node: fx.Node, right: sympy.Expr) -> sympy.Expr:
+        """The second operand of a sum, times the `alpha` it may be given."""
+        factor = number(node.kwargs.get("alpha", 1))
+        if factor is None:
+            raise NearMissError(f"{node.name} takes a factor that is not a number")
+        return right if factor == 1 else right * factor
+
+    def _bounded(self, node: fx.Node, axes: Axes) -> sympy.Expr:
+        expression = self._operand(node.args[0], axes)
+        for name in _BOUNDS[canonical(node)]:
+            bound = argument(node, name)
+            if bound is not None:
+                expression = (sympy.Max if name == "min" else sympy.Min)(expression, self._operand(bound, axes))
+        return expression
+
+    def _filled(self, expression: sympy.Expr, mask: sympy.Expr, value: Any, axes: Axes, keep_where_true: bool = False) -> sympy.Expr:
+        replaced = self._operand(value, axes)
+        keep = sympy.Ne(mask, 0) if keep_where_true else sympy.Eq(mask, 0)
+        if replaced == -sympy.oo:
+            # Minus infinity takes the pair out of the softmax altogether.
+            self.mask = sympy.And(self.mask, keep)
+            return expression
+        return sympy.Piecewise((expression, keep), (replaced, True))
+
+    def _renormalised(self, node: fx.Node, total: Total, axes: Axes) -> sympy.Expr:
+        """x / x.sum(over the keys), of what became of the normalised weights."""
+        expression = self._operand(total.of, axes)
+        if self.normalised is None or leaves(axes[total.dim]) != leaves(self.normalised) or total.epsilon != 0:
+            raise NearMissError(f"{node.name} (div) divides the weights by a sum that is not the one over the keys")
+        self.renormalised = True
+        return expression
+
+    def _mixed(self, node: fx.Node, axes: Axes) -> sympy.Expr:
+        """A linear map over heads: in the IR heads before and after it are one index."""
+        if self.mixture is not None:
+            raise NearMissError(f"{node.name} mixes heads a second time")
+        mixture, source, its_axes = mixing(node, axes, self.depends)
+        mixture.inner = self._operand(source, its_axes)
+        self.mixture = mixture
+        return MIXED
+
+    def _with_sink(self, node: fx.Node, axes: Axes) -> sympy.Expr:
+        """cat([scores, logit]) along the normalised axis: one more logit, without a key."""
+        parts, dim = list(argument(node, "tensors", node.args[0])), argument(node, "dim", 0)
+        places = [place for place, part in enumerate(parts) if self.depends(part)]
+        dim = dim + len(axes) if dim < 0 else dim
+        whole = axes[dim]
+        if len(parts) != 2 or len(places) != 1 or self.normalised is None or leaves(whole) != leaves(self.normalised):
+            raise NearMissError(f"{node.name} (cat) stands between the scores and the softmax")
+        scores, sink = parts[places[0]], parts[1 - places[0]]
+        if hinted_shape(sink)[dim] != 1:
+            raise NearMissError(f"{node.name} (cat) joins {hinted_shape(sink)[dim]} more logits to the scores; one is read")
+        keys = fresh("key", hinted_shape(scores)[dim])
+        logit = self._operand(sink, (*axes[:dim], (), *axes[dim + 1 :]))
+        read = self._operand(scores, (*axes[:dim], keys, *axes[dim + 1 :]))
+        self.joined = Joined(whole, keys, places[0], read, logit)
+        return read
+
+    def _without_sink(self, node: fx.Node, axes: Axes, joined: Joined) -> sympy.Expr:
+        """weights[..., :-1]: the weights of the keys alone."""
+        source, index = node.args[0], node.args[1]
+        assert isinstance(source, fx.Node)
+        shape = hinted_shape(source)
+        entries = list(index) if isinstance(index, tuple) else [index]
+        if Ellipsis in entries:
+            place = entries.index(Ellipsis)
+            entries[place : place + 1] = [slice(None)] * (len(shape) - len(entries) + 1)
+        entries += [slice(None)] * (len(shape) - len(entries))
+        before: list[Axis] = []
+        for axis, entry, extent in zip(axes, entries, shape, strict=True):
+            taken = range(extent)[entry] if isinstance(entry, slice) and _has_numbers(entry) else range(0)
+            if len(taken) == extent:
+                before.append(axis)
+            elif extent == joined_size(joined) and taken == range(joined.start, joined.start + extent - 1):
+                unify(joined.keys, axis)
+                before.append(joined.whole)
+            else:
+                raise NearMissError(f"{node.name} (getitem) takes a part of the attention map")
+        return self._operand(source, tuple(before))
+
+
+def joined_size(joined: Joined) -> int:
+    size = 1
+    for atom in leaves(joined.whole):
+        size *= atom.size
+    return size
+
+
+def _has_numbers(entry: slice) -> bool:
+    return all(part is None or isinstance(part, int) for part in (entry.start, entry.stop, entry.step))
+
+
+def _only_adds_axes(node: fx.Node) -> bool:
+    index = node.args[1]
+    entries = index if isinstance(index, tuple) else (index,)
+    return any(entry is None for entry in entries)
+
+
+def is_step(node: fx.Node) -> bool:
+    """True for an operator that an expression may be made of."""
+    name = canonical(node)
+    rank = value.dim() if isinstance(value := value_of(node), torch.Tensor) else 0
+    # Of these, only what is done to a whole map is meant, which has queries and keys, and heads where they are mixed.
+    if name in _MIXES:
+        return rank >= 4
+    if name in ("cat", "getitem"):
+        return rank >= 3
+    return name in _ELEMENTWISE or name in _UNCHANGED or name in _VIEWS or name == "einsum"
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum of a tensor over one of its axes, plus a number."""
+
+    of: fx.Node
+    dim: int
+    epsilon: float
+
+
+def summed(node: Any) -> Total | None:
+    """What a node is the sum of: x.sum(dim), its axis kept or put back, perhaps plus a number."""
+    epsilon = 0.0
+    while isinstance(node, fx.Node):
+        name = canonical(node)
+        if name == "sum":
+            dim, source = argument(node, "dim"), node.args[0]
+            if isinstance(dim, tuple | list) and len(dim) == 1:
+                dim = dim[0]
+            if not isinstance(dim, int) or not isinstance(source, fx.Node):
+                return None
+            return Total(source, dim % len(hinted_shape(source)), epsilon)
+        if name == "add" and (added := number(pair(node)[1])) is not None:
+            epsilon += float(added)
+        elif name not in ("cast", "unsqueeze", "detach") and not (name == "getitem" and _only_adds_axes(node)):
+            return None
+        node = node.args[0]
+    return None
+
+
+def mixing(node: fx.Node, axes: Axes, depends: Callable[[fx.Node], bool]) -> tuple[Mixture, fx.Node, Axes]:
+    """(the mixture with its `inner` left open, the tensor that is mixed, its axes)."""
+    name = canonical(node)
+    no_expression = sympy.S.Zero
+    if name == "einsum":
+        found = contract(node)
+        operand = found.left if depends(found.left) else found.right
+        inner_axes, matrix, matrix_axes = found.other(operand)
+        for here, there in zip(axes, found.out, strict=True):
+            unify(there, here)
+        contracted = [
+            place for place, axis in enumerate(inner_axes) if leaves(axis) and leaves(axis) not in [leaves(out) for out in found.out]
+        ]
+        if len(matrix_axes) != 2 or len(contracted) != 1 or depends(matrix):
+            raise NearMissError(f"{node.name} (einsum) stands between the scores and the softmax")
+        heads_in = leaves(inner_axes[contracted[0]])
+        place_in = next(place for place, axis in enumerate(matrix_axes) if leaves(axis) == heads_in)
+        heads = matrix_axes[1 - place_in]
+        undone = tuple(heads if place == contracted[0] else axis for place, axis in enumerate(inner_axes))
+        return Mixture(no_expression, heads, matrix, (1 - place_in, place_in)), operand, undone
+    source, weight = node.args[:2]
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    assert isinstance(source, fx.Node)
+    assert isinstance(weight, fx.Node)
+    shape = hinted_shape(weight)
+    place = len(axes) - 1 if name == "linear" else 1
+    if (
+        shape[0] != shape[1]
+        or any(extent != 1 for extent in shape[2:])
+        or not depends(source)
+        or hinted_shape(source) != hinted_shape(node)
+    ):
+        raise NearMissError(f"{node.name} ({spelled(node)}) stands between the scores and the softmax")
+    squeezed = tuple(range(2, len(shape)))
+    return Mixture(no_expression, axes[place], weight, (0, 1), squeezed, bias if isinstance(bias, fx.Node) else None), source, axes
+
+
+def contractions_behind(node: fx.Node) -> Iterator[fx.Node]:
+    """The contractions that a score may come from, through views and elementwise operators, the first operands' first."""
+    return (end for end in ends(node) if canonical(end) in CONTRACTIONS)
+
+
+def blockers(node: fx.Node) -> list[fx.Node]:
+    """The operators at which the way back from a score ends where it meets no contraction."""
+    return [end for end in ends(node) if end.op != "placeholder"] or [node]
+
+
+def ends(node: fx.Node) -> Iterator[fx.Node]:
+    """Where the ways back from a score end, the first operands' first. An einsum may be an end and a mixture of heads: it is both."""
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        step = is_step(current)
+        if not step or canonical(current) == "einsum":
+            yield current
+        if step:
+            for source in reversed(current.all_input_nodes):
+                if source not in seen and isinstance(value_of(source), torch.Tensor):
+                    seen.add(source)
+                    stack.append(source)
+
+
+def pair(node: fx.Node) -> tuple[Any, Any]:
+    return (node.args[0], node.args[1]) if len(node.args) > 1 else (node.args[0], node.kwargs["other"])
+
+
+def _branches(node: fx.Node) -> tuple[Any, Any, Any]:
+    """Condition, value where it holds and value where it does not: torch.where(condition, yes, no), yes.where(condition, no)."""
+    if len(node.args) != 3:
+        raise NearMissError(f"{node.name} (where) names its arguments in a way this does not read")
+    first, second, third = node.args
+    return (second, first, third) if node.op == "call_method" else (first, second, third)
