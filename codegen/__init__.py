@@ -2,10 +2,10 @@
 
 from codegen import flops as _flops  # registers the FLOP formulas
 from codegen.compilation import TARGETS, CompiledKernel
-from codegen.kernel import Kernel, emit
+from codegen.kernel import Kernel, emit, has_triton_form
 from codegen.masks import visible_pairs
 from codegen.operator import attend
 
-__all__ = ["TARGETS", "CompiledKernel", "Kernel", "attend", "emit", "visible_pairs"]
+__all__ = ["TARGETS", "CompiledKernel", "Kernel", "attend", "emit", "has_triton_form", "visible_pairs"]
 
 del _flops

@@ -12,11 +12,12 @@ from typing import TypeVar
 
 import torch
 
+from codegen.kernel_reads import axis_names
 from codegen.launching import dot_precision
 from codegen.names import identifiers
 from codegen.tiles import power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import letters, tensors_in
+from rewrite.ir.expression import tensors_in
 from rewrite.ir.operations import Attend
 
 Fact = TypeVar("Fact")
@@ -54,8 +55,7 @@ class CompiledKernel:
 
 def tensor_types(attend: Attend, dtype: torch.dtype, given: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
     """The dtype of every tensor operand: as given, else int32 for the groups, bool for what only a predicate reads, else `dtype`."""
-    weights = attend.groups.weights if attend.groups is not None else ()
-    arithmetic = tensors_in(attend.score, *weights)
+    arithmetic = tensors_in(*attend.expressions())
     types = {name: dtype if name in arithmetic else torch.bool for name in attend.tensors()}
     if attend.groups is not None:
         types[attend.groups.membership] = torch.int32
@@ -112,9 +112,9 @@ def compile_kernel(
         "BLOCK_K": tile.block_k,
         "PRECISION": dot_precision(dtype),
     }
-    axes_of = {name: letters(indices) or "" for name, indices in attend.tensors().items()}
     # As for contiguous tensors, whose last stride is one; a launch finds that and makes it a constant too.
-    constants |= {f"{operand}_stride_{axes[-1]}": 1 for operand, axes in _by_identifier(attend, axes_of).items() if axes}
+    by_identifier = _by_identifier(attend, attend.tensors())
+    constants |= {f"{operand}_stride_{axis_names(indices)[-1]}": 1 for operand, indices in by_identifier.items() if indices}
     constants["lse_stride_i"] = 1
     types = {"query": dtype, "key": dtype, "value": dtype, "out": dtype, "lse": torch.float32}
     types |= {"starts": torch.int32, "blocks": torch.int32, **_by_identifier(attend, tensor_types(attend, dtype, tensor_dtypes))}
@@ -123,9 +123,9 @@ def compile_kernel(
         for argument in function.arg_names
     }
     # As a launch from PyTorch would find them: addresses and strides are multiples of 16, lengths anything.
-    aligned = [
-        (index,) for index, argument in enumerate(function.arg_names) if argument not in constants and argument not in ("H", "Nq", "Nk")
-    ]
+    sizes = {f"{operand}_size_{axis}" for operand, indices in by_identifier.items() for axis in range(len(indices))}
+    lengths = {"H", "Nq", "Nk", *sizes}
+    aligned = [(index,) for index, argument in enumerate(function.arg_names) if argument not in constants and argument not in lengths]
     source = ASTSource(function, signature, constants, {index: [["tt.divisibility", 16]] for index in aligned})
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], WARP), options=options)

@@ -7,9 +7,9 @@ import textwrap
 import sympy
 
 from codegen.masks import split_mask, static_key
-from codegen.streaming import StreamingKernel
+from codegen.streaming import StreamingKernel, reason_against
 from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import tensors_in
+from rewrite.ir.expression import W, tensors_in
 from rewrite.ir.operations import Attend
 from rewrite.ir.site import is_causal_term
 
@@ -20,7 +20,16 @@ def kernel_name(attend: Attend) -> str:
     terms = static.args if isinstance(static, sympy.And) else (static,)
     causal = any(is_causal_term(term) for term in terms)
     masked = dynamic != sympy.true or any(term != sympy.true and not is_causal_term(term) for term in terms)
-    parts = {"causal": causal, "masked": masked, "biased": bool(tensors_in(attend.score)), "grouped": attend.groups is not None}
+    parts = {
+        "linear": attend.normaliser == "sum",
+        "unnormalised": attend.normaliser == "none",
+        "causal": causal,
+        "masked": masked,
+        "biased": bool(tensors_in(attend.score)),
+        "sinks": attend.sink is not None,
+        "gated": attend.weight != W,
+        "grouped": attend.groups is not None,
+    }
     return "_".join(["attend", *(part for part, present in parts.items() if present)])
 
 
@@ -28,13 +37,18 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
     """The module docstring: equation, sites, passes."""
     attend, groups = kernel.attend, kernel.attend.groups
     weight = "" if groups is None else "weight[g(j)] * "
+    normaliser = {"softmax": "softmax_j", "sum": "divided_by_its_sum_j", "none": ""}[attend.normaliser]
+    normalised = f"{normaliser}(score over visible keys)[i,j]"
     facts = {"score": str(attend.score), "visible": "every pair" if attend.mask == sympy.true else str(attend.mask)}
+    facts |= {} if attend.sink is None else {"sink": f"{attend.sink}, the logit of a key without a value"}
+    facts |= {} if not attend.epsilon else {"epsilon": f"{attend.epsilon!r}, added to the sum"}
+    facts |= {} if attend.weight == W else {"counts": f"{attend.weight}, w being the normalised weight"}
     if groups is not None:
         facts["g"] = f"{groups.membership}[b,j] -> {', '.join(f'{index} {name}' for index, name in enumerate(groups.names))}"
         facts |= {f"weight {name}": str(weight) for name, weight in zip(groups.names, groups.weights, strict=True)}
     facts |= {"sites": ", ".join(sites) or "unnamed", "passes": ", ".join(passes) or "none"}
-    lines = [f'"""{kernel.name}: softmax attention streamed over blocks of keys.', ""]
-    lines += [f"    out[b,h,i,:] = sum_j {weight}softmax_j(score over visible keys)[i,j] * value[b,h',j,:]", ""]
+    lines = [f'"""{kernel.name}: attention streamed over blocks of keys.', ""]
+    lines += [f"    out[b,h,i,:] = sum_j {weight}{normalised} * value[b,h',j,:]", ""]
     width = max(map(len, facts))
     for fact, text in facts.items():
         lead = f"    {fact:<{width}}  "
@@ -51,11 +65,11 @@ def _imports(kernel: StreamingKernel) -> list[str]:
 
 
 def _launch(kernel: StreamingKernel) -> list[str]:
-    said = ", ".join(f"{name} [{', '.join(axes)}]" for name, axes in kernel.tensors.items()) or "none"
-    unpack = [f"    {', '.join(kernel.ids.values())}{',' if len(kernel.ids) == 1 else ''} = tensors"] if kernel.ids else []
+    ids = kernel.reads.ids
+    said = ", ".join(f"{name} [{', '.join(map(str, indices))}]" for name, indices in kernel.reads.tensors.items()) or "none"
+    unpack = [f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []
     listed = "    starts, blocks = block_list(STATIC_MASK, Nq, Nk, (tile.block_q, tile.block_k), query.device)"
-    extra = [*kernel.ids.values(), *(["starts", "blocks"] if kernel.listed else [])]
-    strides = [f"        *broadcast_strides({kernel.ids[name]})," for name, axes in kernel.tensors.items() if axes]
+    extra = [*ids.values(), *(["starts", "blocks"] if kernel.listed else [])]
     static = [f"STATIC_MASK = {static_key(kernel.attend.mask)!r}  # its JSON form, from which the block list is made", "", ""]
     return [
         *(static if kernel.listed else []),
@@ -63,7 +77,7 @@ def _launch(kernel: StreamingKernel) -> list[str]:
         '    """Run the kernel.',
         "",
         "    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] -> out [B, H, Nq, Dv], lse [B, H, Nq] float32.",
-        f"    tensors, in this order, every axis full size or 1: {said}.",
+        *textwrap.wrap(f"tensors, in this order, every axis full size or 1: {said}.", 130, initial_indent="    ", subsequent_indent="    "),
         "    tile: a codegen.tiles.Tile; by default the one for the head dim.",
         '    """',
         "    check_launch(query, key, value)",
@@ -75,7 +89,7 @@ def _launch(kernel: StreamingKernel) -> list[str]:
         "        query, key, value, out, lse,",
         *([f"        {', '.join(extra)},"] if extra else []),
         "        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *lse.stride(),",
-        *strides,
+        *kernel.reads.given(),
         "        H, Nq, Nk,",
         "        HEADS_PER_KEY=H // key.shape[1], D=D, DV=DV, BLOCK_D=power_of_two(D), BLOCK_DV=power_of_two(DV),",
         "        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, PRECISION=dot_precision(query.dtype),",
@@ -87,8 +101,11 @@ def _launch(kernel: StreamingKernel) -> list[str]:
 def streaming_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = ()) -> str:
     """The text of a Python file with the Triton kernel for `attend` and its `launch` function.
 
-    Raises `RewriteError` where the score, the mask or a weight has no Triton form.
+    Raises `RewriteError` where the operation does not stream, or its score, mask or a weight has no Triton form.
     """
+    reason = reason_against(attend)
+    if reason is not None:
+        raise RewriteError(f"the attention has no Triton form: {reason}")
     unknown = {str(s) for s in attend.score.free_symbols | attend.mask.free_symbols if str(s).startswith("mass_")}
     if unknown:
         raise RewriteError(f"{', '.join(sorted(unknown))} can be read by group weights only, not by a score or a mask")

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from codegen.masks import visible_pairs
 from codegen.operator import attend_backward_op, attend_op
+from codegen.weight_form import split_visits
 from rewrite.ir.operations import Attend
 
 # torch's convention for the backward of attention: five matrix products (one of them recomputes the scores) to the forward's two.
@@ -20,7 +21,7 @@ Shape = Sequence[int]
 def attend_flops(query: Shape, key: Shape, value: Shape, attend: str) -> int:
     """2 * B * H * pairs * (D + Dv), for query [B, H, Nq, D], key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv]."""
     batch, heads, n_queries, head_dim = query
-    return 2 * batch * heads * visible_pairs(Attend.from_json(attend).mask, n_queries, key[2]) * (head_dim + value[3])
+    return 2 * batch * heads * visible_pairs(split_visits(Attend.from_json(attend))[0], n_queries, key[2]) * (head_dim + value[3])
 
 
 @register_flop_formula(attend_op._opoverload.overloadpacket)

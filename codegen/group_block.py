@@ -8,7 +8,8 @@ from __future__ import annotations
 import sympy
 import torch
 
-from codegen.score_block import ScoreBlock, derivative
+from codegen.score_block import ScoreBlock
+from codegen.tensor_reads import derivative
 from rewrite.ir.expression import mass
 from rewrite.ir.operations import Groups
 

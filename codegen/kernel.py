@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +13,7 @@ import torch
 from codegen.cache import load, store
 from codegen.compilation import CompiledKernel, compile_kernel
 from codegen.emitted_file import kernel_name, streaming_source
+from rewrite.ir.errors import RewriteError
 from rewrite.ir.operations import Attend
 
 
@@ -75,6 +77,16 @@ def emit(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = 
     kernel = Kernel(name, ", ".join(sites), passes, store(name, source), source, attend.to_json())
     _kernels[kernel.attend_json] = kernel
     return kernel
+
+
+@lru_cache(maxsize=1024)
+def has_triton_form(attend: Attend) -> str | None:
+    """None where a kernel can be emitted for the operation, else why not, in words: the torch lowering serves it on every device."""
+    try:
+        streaming_source(attend)
+    except RewriteError as error:
+        return str(error)
+    return None
 
 
 def kernel_for(attend_json: str) -> Kernel:

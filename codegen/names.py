@@ -11,7 +11,7 @@ _SKELETON_NAMES = """
     tl triton block_list broadcast_strides check_launch dot_precision power_of_two tile_for STATIC_MASK launch tile
     program block first rows columns lanes value_lanes in_rows in_width in_value_width in_keys query_rows key_rows value_rows out_rows
     query_tile key_tile value_tile lse_tile begin end slot start qk score new_max row_max row_sum shift weight rescale factor group
-    normaliser accumulator
+    normaliser accumulator sink peak total share
 """
 
 # The names that the skeleton uses itself.

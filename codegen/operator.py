@@ -1,7 +1,7 @@
 """The registered operators ``rewrite::attend`` and ``rewrite::attend_backward``, and the function `attend` that calls the first.
 
-An operation travels through a graph as its JSON text. On CUDA the forward is the kernel emitted for that text, on the CPU the torch
-lowering; the backward is the torch lowering on both.
+An operation travels through a graph as its JSON text. On CUDA the forward is the kernel emitted for that text where it has one
+(`codegen.kernel.has_triton_form`), on the CPU the torch lowering; the backward is the torch lowering on both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from codegen.kernel import kernel_for
+from codegen.kernel import has_triton_form, kernel_for
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
 from rewrite.ir.errors import RewriteError
@@ -24,9 +24,7 @@ def _named(
     operation: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The tensors by name. Raises `RewriteError` where an operand does not fit the operation."""
-    if operation.unusual or any(letters(indices) is None for indices in operation.tensors().values()):
-        raise RewriteError(f"it {', '.join(operation.unusual)}: there is no lowering for this yet")
-    axes_of = {name: letters(indices) or "" for name, indices in operation.tensors().items()}
+    indices_of = operation.tensors()
     sizes = {"b": query.shape[0], "h": query.shape[1], "i": query.shape[2], "j": key.shape[2]}
     if not query.dtype == key.dtype == value.dtype:
         raise RewriteError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; cast them to one dtype")
@@ -40,13 +38,21 @@ def _named(
             f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} are no [B, H, Nq, D], [B, Hkv, Nk, D] and "
             f"[B, Hkv, Nk, Dv] with H a multiple of Hkv"
         )
-    if len(tensors) != len(axes_of):
-        raise RewriteError(f"the operation reads {len(axes_of)} tensors ({', '.join(axes_of)}), and {len(tensors)} were given")
-    for (name, axes), operand in zip(axes_of.items(), tensors, strict=True):
-        if operand.dim() != len(axes) or any(size not in (1, sizes[axis]) for axis, size in zip(axes, operand.shape, strict=True)):
-            wanted = ", ".join(f"{axis}={sizes[axis]}" for axis in axes)
-            raise RewriteError(f"{name} is {list(operand.shape)}; its axes are [{wanted}], each of that size or 1")
-    return dict(zip(axes_of, tensors, strict=True))
+    if len(tensors) != len(indices_of):
+        raise RewriteError(f"the operation reads {len(indices_of)} tensors ({', '.join(indices_of)}), and {len(tensors)} were given")
+    mixing = {name for mix in operation.mixes for name in (mix.matrix, mix.bias)}
+    for (name, indices), operand in zip(indices_of.items(), tensors, strict=True):
+        if name in mixing:
+            wanted, fits = [f"heads={query.shape[1]}"] * len(indices), operand.shape == (query.shape[1],) * len(indices)
+        elif (axes := letters(indices)) is not None:
+            wanted = [f"{axis}={sizes[axis]}" for axis in axes]
+            fits = operand.dim() == len(axes) and all(size in (1, sizes[axis]) for axis, size in zip(axes, operand.shape, strict=True))
+        else:
+            wanted, fits = [f"any, read at {index}" for index in indices], operand.dim() == len(indices) and 0 not in operand.shape
+        if not fits:
+            every = "" if name in mixing else ", each of that size or 1"
+            raise RewriteError(f"{name} is {list(operand.shape)}; its axes are [{', '.join(wanted)}]{every}")
+    return dict(zip(indices_of, tensors, strict=True))
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,7 +78,10 @@ def attend_op(
 def _attend_cuda(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor], attend: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _named(Attend.from_json(attend), query, key, value, tensors)
+    operation = Attend.from_json(attend)
+    named = _named(operation, query, key, value, tensors)
+    if has_triton_form(operation) is not None:
+        return attend_forward(operation, _rows(query), _rows(key), _rows(value), named)
     out, lse = output_like(query, value)
     if out.numel():
         with torch.cuda.device(query.device):

@@ -1,4 +1,4 @@
-"""The scores of one block of queries in torch, and the derivatives of the expressions they come from.
+"""The scores of one block of queries in torch, and what their expressions read there.
 
 Forward and backward read the same block: the expressions of the IR evaluated on [B, H, rows, columns], nothing larger.
 """
@@ -12,17 +12,12 @@ from typing import Any
 import sympy
 import torch
 
-from codegen.masks import split_mask
+from codegen.tensor_reads import accumulation_dtype, read_block
 from codegen.visits import Visit
-from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import QK, letters
+from codegen.weight_form import split_visits
+from rewrite.ir.expression import QK
 from rewrite.ir.operations import Attend
-from rewrite.ir.semantics import aligned, evaluate_expression
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What scores and sums are kept in: float32 for the low precisions, float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from rewrite.ir.semantics import evaluate_expression
 
 
 def by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
@@ -65,9 +60,12 @@ class ScoreBlock:
             "Nq": query.shape[2],
             "Nk": key.shape[2],
         }
+        mixing = {name for mix in attend.mixes for name in (mix.matrix, mix.bias)}
+        places = dict(self.values)
         for name, indices in attend.tensors().items():
-            part = visit.keys(visit.queries(aligned(tensors[name], letters(indices) or ""), 2), 3)
-            self.values[name] = part.to(self.dtype) if part.is_floating_point() else part
+            if name not in mixing:
+                part = read_block(tensors[name], indices, places, visit)
+                self.values[name] = part.to(self.dtype) if part.is_floating_point() else part
 
     def read_dot(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Set qk from the visited rows of query and key, in the accumulation dtype."""
@@ -75,7 +73,7 @@ class ScoreBlock:
 
     def hidden(self) -> torch.Tensor | None:
         """True where the mask hides a key: broadcasts against [B, H, rows, columns]; None where it hides nothing."""
-        _, dynamic = split_mask(self.attend.mask)
+        _, dynamic = split_visits(self.attend)
         hidden = None if self.visit.seen is None else ~self.visit.seen[None, None]
         if dynamic != sympy.true:
             unseen = ~torch.as_tensor(evaluate_expression(dynamic, self.values), device=self.values["i"].device)
@@ -83,33 +81,15 @@ class ScoreBlock:
         return hidden
 
     def scores(self) -> torch.Tensor:
-        """[B, H, rows, columns], -inf where the mask hides a key."""
-        score = torch.as_tensor(self.evaluate(self.attend.score), dtype=self.dtype, device=self.values["i"].device)
-        score = score.expand(self.values["qk"].shape)
-        hidden = self.hidden()
-        return score if hidden is None else score.masked_fill(hidden, -torch.inf)
+        """[B, H, rows, columns], as the expression says, hidden pairs too."""
+        return self.filled(self.attend.score, self.values["qk"])
+
+    def filled(self, expression: sympy.Basic, like: torch.Tensor) -> torch.Tensor:
+        """The expression's value, shaped and typed as `like`."""
+        return torch.as_tensor(self.evaluate(expression), dtype=self.dtype, device=like.device).expand(like.shape)
 
     def evaluate(self, expression: sympy.Basic) -> Any:
         return evaluate_expression(expression, self.values)
-
-
-def softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weights like scores, log-sum-exp [B, H, rows]); a row of -inf gives weights of zero and -inf."""
-    maximum = scores.amax(-1, keepdim=True)
-    weights = (scores - maximum.masked_fill(maximum == -torch.inf, 0.0)).exp_()
-    total = weights.sum(-1, keepdim=True)
-    weights /= total.masked_fill(total == 0, 1.0)
-    return weights, (maximum + total.log()).squeeze(-1)
-
-
-@lru_cache(maxsize=1024)
-def derivative(expression: sympy.Basic, variable: sympy.Basic) -> sympy.Expr:
-    """d expression / d variable in the vocabulary of the IR: corners of Min, Max and Abs are written as cases first."""
-    cased = expression.replace(lambda part: isinstance(part, sympy.Min | sympy.Max | sympy.Abs), lambda part: part.rewrite(sympy.Piecewise))
-    slope = sympy.sympify(cased).diff(variable)
-    if slope.has(sympy.Derivative, sympy.Subs, sympy.Heaviside, sympy.DiracDelta):
-        raise RewriteError(f"{expression} has no derivative by {variable}: a gradient cannot pass floor or Mod")
-    return slope
 
 
 @lru_cache(maxsize=1024)

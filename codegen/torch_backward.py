@@ -1,14 +1,8 @@
 """Gradients of an attention operation, recomputed a block of queries at a time in O(block x Nk) memory.
 
-With a the softmax weights, w_g the weight of group g, m_g its mass, t[i,j] = dout[i] . v[j], and c_g = sum_{j in g} a[i,j] t[i,j]:
-
-    da[i,j]     = w_g(j) t[i,j] + sum_g c_g dw_g/dm_g(j)
-    dscore[i,j] = a[i,j] (da[i,j] - sum_j a[i,j] da[i,j] + dlse[i])
-    dv[j]       = sum_i w_g(j) a[i,j] dout[i]
-    dqk         = dscore * dscore_expression/dqk,       and likewise for every tensor that the score reads;
-
-a tensor that the weights read gets  sum_g c_g dw_g/dtensor. All derivatives of expressions are taken symbolically, so that a case
-that is not chosen never leaks a NaN. Sums run in one fixed order: the result is deterministic.
+With p the final weights and dp[i,j] = dout[i] . v[j], each block gives  dv[j] = sum_i p[i,j] dout[i],  goes back through the steps of
+`codegen.attention_block` from dp to dqk, and from there to queries and keys. All derivatives of expressions are taken symbolically, so
+that a case that is not chosen never leaks a NaN. Sums run in one fixed order: the result is deterministic.
 """
 
 from __future__ import annotations
@@ -17,36 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from codegen.group_block import GroupBlock
-from codegen.score_block import ScoreBlock, accumulation_dtype, derivative, dot, softmax, sum_over_queries, weighted_sum
+from codegen.attention_block import AttentionBlock
+from codegen.score_block import ScoreBlock, dot, sum_over_queries, weighted_sum
+from codegen.tensor_reads import TensorGradients, accumulation_dtype
 from codegen.torch_streaming import blockwise_visits
 from codegen.visits import Visit
-from rewrite.ir.expression import QK, letters, tensor
 from rewrite.ir.operations import Attend
-from rewrite.ir.semantics import aligned
-
-
-class TensorGradient:
-    """The gradient of one tensor operand, gathered block by block."""
-
-    def __init__(self, name: str, axes: str, operand: torch.Tensor) -> None:
-        self.name, self.symbol, self.operand = name, tensor(name, axes), operand
-        self.total = aligned(
-            torch.zeros_like(operand, dtype=accumulation_dtype(operand.dtype), memory_format=torch.contiguous_format), axes
-        )
-
-    def add(self, part: torch.Tensor, visit: Visit) -> None:
-        """Add what one visit gives, [B, H, rows, columns] or, from the group weights, [B, H, rows, 1]."""
-        whole = [axis for axis in range(4) if self.total.shape[axis] == 1]
-        part = part.sum(whole, keepdim=True) if whole else part
-        rows = slice(None) if 2 in whole else visit.rows
-        columns = slice(None) if 3 in whole else visit.columns
-        if isinstance(rows, torch.Tensor) and isinstance(columns, torch.Tensor):
-            rows = rows[:, None]
-        self.total[:, :, rows, columns] += part
-
-    def result(self) -> torch.Tensor:
-        return self.total.reshape(self.operand.shape).to(self.operand.dtype)
 
 
 def _add_columns(total: torch.Tensor, part: torch.Tensor, visit: Visit) -> None:
@@ -69,34 +39,15 @@ def attend_gradients(
     (grad_out, grad_lse), (query, key, value) = received, operands
     dtype = accumulation_dtype(query.dtype)
     d_query, d_key, d_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (query, key, value))
-    axes = attend.tensors()
-    gradients = [TensorGradient(name, letters(axes[name]) or "", tensors[name]) for name in wanted]
+    gradients = TensorGradients(attend.tensors(), tensors, wanted)
     for visit in blockwise_visits(attend, query, key):
         rows, keys, values = visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype), visit.keys(value, 2).to(dtype)
-        d_rows = visit.queries(grad_out, 2).to(dtype)
+        d_rows, d_lse = visit.queries(grad_out, 2).to(dtype), visit.queries(grad_lse, 2)[..., None].to(dtype)
         block = ScoreBlock(attend, query, key, tensors, visit)
         block.read_dot(rows, keys)
-        attention, _ = softmax(block.scores())
-        d_attention = dot(d_rows, values)
-        weighted = attention
-        if attend.groups is not None:
-            groups = GroupBlock(block, attend.groups, attention)
-            counted = groups.per_group(attention * d_attention)
-            factor = groups.per_key(groups.weights)
-            weighted = attention * factor
-            d_attention = d_attention * factor + groups.per_key(groups.mass_gradient(counted))
-            for gradient in gradients:
-                slopes = groups.slopes(gradient.symbol)
-                if slopes is not None:
-                    gradient.add((slopes * counted).sum(-1, keepdim=True), visit)
-        _add_columns(d_value, sum_over_queries(weighted, d_rows, value.shape[1]), visit)
-        mean = (attention * d_attention).sum(-1, keepdim=True)
-        d_score = attention * (d_attention - mean + visit.queries(grad_lse, 2)[..., None].to(dtype))
-        for gradient in gradients:
-            slope = derivative(attend.score, gradient.symbol)
-            if slope != 0:
-                gradient.add(d_score * block.evaluate(slope), visit)
-        d_dot = d_score * block.evaluate(derivative(attend.score, QK))
+        attention = AttentionBlock(block, tensors)
+        _add_columns(d_value, sum_over_queries(attention.weights, d_rows, value.shape[1]), visit)
+        d_dot = attention.dot_gradient(dot(d_rows, values), d_lse, gradients)
         d_query[:, :, visit.rows] = weighted_sum(d_dot, keys)
         _add_columns(d_key, sum_over_queries(d_dot, rows, key.shape[1]), visit)
     whole = ((d_query, query), (d_key, key), (d_value, value))

@@ -1,21 +1,25 @@
 """An attention operation in torch operators, a block of queries at a time: never the Nq x Nk map.
 
-Plain softmax attention with a bias or a mask goes to torch's fused attention, on all queries at once or, with a static mask, on each
-block of queries with the keys it sees. Groups and scores that are not linear in qk are matrix products, block by block.
+Plain softmax attention with a bias, a mask or a sink goes to torch's fused attention, on all queries at once or, with a static mask, on
+each block of queries with the keys it sees. Everything else is matrix products, block by block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import sympy
 import torch
 from torch.nn import functional
 
-from codegen.group_block import GroupBlock
+from codegen.attention_block import AttentionBlock
 from codegen.masks import split_mask, static_key
-from codegen.score_block import ScoreBlock, accumulation_dtype, linear_score, softmax, weighted_sum
+from codegen.score_block import ScoreBlock, linear_score, weighted_sum
+from codegen.tensor_reads import accumulation_dtype
 from codegen.visits import Plan, Visit, best_plan, visits
+from codegen.weight_form import split_visits
+from rewrite.ir.expression import letters
 from rewrite.ir.operations import Attend
 
 # Scores held at a time, 16 MiB in float32: about what two cores have as last-level cache.
@@ -33,7 +37,7 @@ def rows_at_a_time(query: torch.Tensor, key: torch.Tensor) -> int:
 
 def blockwise_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor) -> tuple[Visit, ...]:
     """The visits of what is computed as matrix products: the plan that suits the mask, in blocks of `rows_at_a_time` at most."""
-    static, n_queries, n_keys, most = static_key(attend.mask), query.shape[2], key.shape[2], rows_at_a_time(query, key)
+    static, n_queries, n_keys, most = static_key(split_visits(attend)[0]), query.shape[2], key.shape[2], rows_at_a_time(query, key)
     plan = best_plan(static, n_queries, n_keys)
     return visits(static, n_queries, n_keys, plan._replace(block=min(plan.block, most)), query.device)
 
@@ -48,23 +52,24 @@ def output_like(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor,
 def attend_forward(
     attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(out [B, H, Nq, Dv] in the query's dtype, lse [B, H, Nq] float32); the definition is `rewrite.ir.semantics.attend`."""
+    """(out [B, H, Nq, Dv] in the query's dtype, lse [B, H, Nq] float32), the definition of out being `rewrite.ir.semantics.attend`.
+
+    lse, of the scores that a query sees: the logarithm of the softmax's denominator, the sink's part included, -inf for a query that sees
+    no key; of the scores' sum for "sum", -inf where that is not positive; 0 for "none".
+    """
     linear = linear_score(attend.score)
-    if attend.groups is None and linear is not None and query.device.type == "cpu":
+    if linear is not None and query.device.type == "cpu" and replace(attend, sink=None).is_plain:
         return _fused(attend, linear, (query, key, value), tensors)
     out, lse = output_like(query, value)
     out.zero_()
-    lse.fill_(-torch.inf)
+    lse.fill_(-torch.inf if attend.normaliser != "none" else 0.0)
     dtype = accumulation_dtype(query.dtype)
     for visit in blockwise_visits(attend, query, key):
         block = ScoreBlock(attend, query, key, tensors, visit)
         block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
-        weights, total = softmax(block.scores())
-        if attend.groups is not None:
-            groups = GroupBlock(block, attend.groups, weights)
-            weights *= groups.per_key(groups.weights)
-        out[:, :, visit.rows] = weighted_sum(weights, visit.keys(value, 2).to(dtype)).to(out.dtype)
-        lse[:, :, visit.rows] = total
+        attention = AttentionBlock(block, tensors)
+        out[:, :, visit.rows] = weighted_sum(attention.weights, visit.keys(value, 2).to(dtype)).to(out.dtype)
+        lse[:, :, visit.rows] = attention.lse.to(lse.dtype)
     return out, lse
 
 
@@ -74,7 +79,7 @@ def _fused_visits(attend: Attend, rest: sympy.Expr, n_queries: int, n_keys: int,
     key = static_key(attend.mask)
     if static != sympy.true:
         return visits(key, n_queries, n_keys, best_plan(key, n_queries, n_keys), device)
-    ready = dynamic == sympy.true and (rest == 0 or isinstance(rest, sympy.Indexed))
+    ready = dynamic == sympy.true and (rest == 0 or (isinstance(rest, sympy.Indexed) and letters(rest.indices) is not None))
     return visits(key, n_queries, n_keys, Plan(max(1, n_queries) if ready else FUSED_ROWS), device)
 
 
@@ -134,6 +139,15 @@ def _fused(
         if bias is not None and bool(((total == 0) | ~total.isfinite()).any()):
             empty = bias.amax(-1) == -torch.inf
             part, total = part.masked_fill(empty[..., None], 0.0), total.masked_fill(empty, -torch.inf)
+        if attend.sink is not None:
+            part, total = _with_sink(part, total, block.filled(attend.sink, total[..., None])[..., 0])
         out[:, :, visit.rows] = part
         lse[:, :, visit.rows] = total
     return out, lse
+
+
+def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A softmax without a sink, as the one with: out [B, H, n, Dv] shrinks by what the logit sink [B, H, n] adds to the normaliser."""
+    total = torch.logaddexp(lse, sink).masked_fill(lse == -torch.inf, -torch.inf)
+    share = (lse - total).exp().masked_fill(lse == -torch.inf, 0.0)
+    return (out * share[..., None]).to(out.dtype), total

@@ -99,23 +99,18 @@ def mass(group: str) -> sympy.Symbol:
 def tensors_in(*expressions: sympy.Basic) -> dict[str, Indices]:
     """Every tensor operand read by the expressions, in order of name: name -> where it is read.
 
-    Raises `ValueError` where one name is read at two places.
+    Raises `ValueError` where one name is read at two places, or is that of a symbol.
     """
     found: dict[str, Indices] = {}
     for expression in expressions:
         for each in expression.atoms(sympy.Indexed):
             name, places = str(each.base.label), tuple(each.indices)
+            if name in _SYMBOLS:
+                raise ValueError(f"a tensor cannot be called {name}: that is a symbol of the vocabulary")
             if found.setdefault(name, places) != places:
                 both = " and at ".join(sorted(f"[{', '.join(map(str, indices))}]" for indices in (found[name], places)))
                 raise ValueError(f"{name} is read at {both}; give the second read a name of its own")
     return dict(sorted(found.items()))
-
-
-def symbols_in(expression: sympy.Basic) -> set[sympy.Symbol]:
-    """The symbols an expression reads, those of its tensors' indices included; a tensor's own name is none."""
-    reads = {each: sympy.Dummy(real=True) for each in expression.atoms(sympy.Indexed)}
-    rest: set[sympy.Symbol] = expression.xreplace(reads).free_symbols - set(reads.values())
-    return rest.union(*(index.free_symbols for each in reads for index in each.indices))
 
 
 def to_json(expression: sympy.Basic) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from rewrite.ir.expression import QK, B, G, H, Indices, J, W, from_json, symbols_in, tensors_in, to_json
+from rewrite.ir.expression import QK, B, G, H, Indices, J, W, from_json, tensors_in, to_json
 
 Normaliser = Literal["softmax", "sum", "none"]
 
@@ -86,12 +86,12 @@ class Attend:
             raise ValueError(f"epsilon={self.epsilon} is added to the sum of a 'sum' normaliser, and must not be negative")
         if self.groups is not None and self.unusual:
             raise ValueError(f"groups of keys are defined for plain softmax attention, and this {self.unusual[0]}")
-        score, mask, weight = (symbols_in(sympy.sympify(part)) for part in (self.score, self.mask, self.weight))
+        _tensors_of(self)
+        score, mask, weight = (sympy.sympify(part).free_symbols for part in (self.score, self.mask, self.weight))
         if W in score | mask or QK in weight | mask:
             raise ValueError("w belongs to the weight expression and qk to the score: one is not known where the other is used")
-        if self.sink is not None and {W, QK, J} & symbols_in(self.sink):
+        if self.sink is not None and {W, QK, J} & self.sink.free_symbols:
             raise ValueError(f"the sink {self.sink} may depend on b, h and i, not on a key")
-        _tensors_of(self)
 
     @property
     def unusual(self) -> tuple[str, ...]:

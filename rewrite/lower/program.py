@@ -188,7 +188,7 @@ class ProgramLowering:
         members: dict[str, list[tuple[str, Any]]] = {}
         for name, site in sites.items():
             if site.body != originals[name].site.body:
-                for operation in site.body.attends():
+                for operation in filter(lambda each: codegen.has_triton_form(each) is None, site.body.attends()):
                     members.setdefault(operation.to_json(), []).append((name, operation))
         for entries in members.values():
             names = tuple(dict.fromkeys(name for name, _ in entries))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from rewrite.ir import NK, NQ, QK, Attend, Groups, I, J, letters, mass, tensor
+from rewrite.ir import NK, NQ, QK, Attend, B, G, Groups, H, HeadMix, I, J, W, mass, read, tensor
 
 SCALE = sympy.Float(0.125)
 
@@ -76,6 +76,85 @@ def grouped(is_causal: bool = True) -> Attend:
     return replace(causal() if is_causal else plain(), groups=groups)
 
 
+def sinks(axes: str) -> Attend:
+    """A logit without a key, per head or more (attention sinks)."""
+    return replace(causal(), sink=tensor("t", axes) if axes else sympy.Integer(0))
+
+
+def sinks_and_empty_rows() -> Attend:
+    return replace(empty_rows(), sink=2 * tensor("t", "h") + I / 8)
+
+
+def decomposed_position(width: int = 7) -> Attend:
+    """A query's own bias for the row and the column of the key."""
+    rows, columns = read("rel_h", B, H, I, sympy.floor(J / width)), read("rel_w", B, H, I, sympy.Mod(J, width))
+    return replace(plain(), score=SCALE * QK + rows + columns)
+
+
+def relative_table() -> Attend:
+    """A table by distance, which ends before the distances do."""
+    return replace(causal(), score=SCALE * QK + read("table", H, I - J + 11))
+
+
+def guarded_table() -> Attend:
+    """A table for some of the keys, the same for every head; reads outside of it are clamped and not chosen."""
+    inside = read("narrow", sympy.Integer(0), J - 4)
+    return replace(plain(), score=SCALE * QK + sympy.Piecewise((inside, sympy.And(J >= 4, J < 10)), (sympy.Integer(0), True)))
+
+
+def linear() -> Attend:
+    return replace(causal(), score=(SCALE * QK) ** 2, normaliser="sum", epsilon=0.25)
+
+
+def rectified() -> Attend:
+    """ReLU attention: its sum may be zero."""
+    return replace(masked("bij"), score=sympy.Max(0, SCALE * QK - 1), normaliser="sum")
+
+
+def sigmoid() -> Attend:
+    return replace(masked("bij"), score=1 / (1 + sympy.exp(-(SCALE * QK + tensor("bias", "h")))) / NK, normaliser="none")
+
+
+def gated(axes: str) -> Attend:
+    return replace(causal(), weight=tensor("gate", axes) * W)
+
+
+def gated_rectified() -> Attend:
+    return replace(rectified(), weight=W * sympy.exp(-sympy.Abs(I - J) / 8) * tensor("gate", "h"))
+
+
+def positional_gate() -> Attend:
+    """ConViT: content and position mixed, and normalised again."""
+    gate = 1 / (1 + sympy.exp(-tensor("gate", "h")))
+    return replace(plain(), weight=(1 - gate) * W + gate * sympy.Abs(tensor("bias", "hij")), renormalised=True)
+
+
+def renormalised() -> Attend:
+    """Some rows see nothing, some are gated to nothing."""
+    gate = sympy.Piecewise((sympy.Integer(0), sympy.Eq(sympy.Mod(I, 5), 0)), (sympy.Abs(tensor("gate", "hj")), True))
+    return replace(empty_rows(), weight=gate * W, renormalised=True)
+
+
+def offset_under_a_mask() -> Attend:
+    """What is hidden weighs nothing before the offset, and the offset after it."""
+    return replace(causal(), weight=W + tensor("bias", "hij") / NK)
+
+
+def talking_heads(bias: bool = True) -> Attend:
+    mixes = HeadMix("before", "before_bias" if bias else None), HeadMix("after", "after_bias" if bias else None)
+    return replace(masked("bij"), score=SCALE * QK + tensor("bias", "ij"), score_mix=mixes[0], weight_mix=mixes[1])
+
+
+def everything() -> Attend:
+    mixes = HeadMix("before"), HeadMix("after", "after_bias")
+    weight = W**2 * sympy.Abs(tensor("gate", "hj")) + W
+    mask = sympy.And(causal().mask, sympy.Ne(tensor("mask", "bhij"), 0))
+    score = decomposed_position().score
+    return replace(
+        plain(), score=score, mask=mask, sink=tensor("t", "bhi"), weight=weight, renormalised=True, score_mix=mixes[0], weight_mix=mixes[1]
+    )
+
+
 @dataclass(frozen=True)
 class Shape:
     batch: int = 2
@@ -85,6 +164,10 @@ class Shape:
     n_keys: int = 53
     head_dim: int = 16
     value_dim: int = 16
+
+
+# Axes that are read at an expression are of no size that the expression's values fit in.
+SIZES_OF_TABLES = {"table": 30, "narrow": 6}
 
 
 def operands(
@@ -102,8 +185,10 @@ def operands(
         "key": 2 * normal(shape.batch, shape.key_heads, shape.n_keys, shape.head_dim),
         "value": normal(shape.batch, shape.key_heads, shape.n_keys, shape.value_dim),
     }
-    for name, axes in attend.tensors().items():
-        size = [sizes[axis] for axis in letters(axes) or ""]
+    for name, indices in attend.tensors().items():
+        size = [sizes.get(str(index), SIZES_OF_TABLES.get(name, 8)) for index in indices]
+        if G in indices:
+            size = [shape.heads] * len(indices)
         if name == "mask":
             values[name] = torch.rand(size, generator=generator) < 0.4
         elif name == "member":

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from rewrite.ir import Attend, letters
-from rewrite.ir.semantics import aligned, attend, attention_weights, evaluate_expression, positions
+from rewrite.ir import Attend
+from rewrite.ir.semantics import all_positions, attend, attention_weights, evaluate_expression, mix_heads, read_at
 
 # A group weight such as 1 + 0.4 (m2 + m3) / m1 has a few masses in it, each off as a softmax weight is.
 OPERATIONS_OF_A_GROUP_WEIGHT = 8
@@ -24,15 +24,30 @@ def expected(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Tensor
     return attend(operation, in_double(values))
 
 
-def expected_lse(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B, H, Nq]: log of the sum of exp(score) over the keys that the mask shows."""
+def scores(operation: Attend, values: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(scores [B, H, Nq, Nk] after their heads were mixed, which pairs are seen, the sink's logits [B, H, Nq, 1] or None), in float64."""
     doubled = in_double(values)
     query, key = doubled["query"], doubled["key"]
     dot = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-2, -1)
-    tensors = {name: aligned(doubled[name], letters(axes) or "") for name, axes in operation.tensors().items()}
-    environment = {**positions(query.shape[2], key.shape[2], dot.device), **tensors, "qk": dot}
-    seen = torch.as_tensor(evaluate_expression(operation.mask, environment))
-    return torch.as_tensor(evaluate_expression(operation.score, environment)).masked_fill(~seen, -torch.inf).logsumexp(-1)
+    environment = {**all_positions(dot.shape, dot.device), "qk": dot}
+    mixing = {name for mix in operation.mixes for name in (mix.matrix, mix.bias)}
+    tensors = {n: read_at(doubled[n], indices, environment) for n, indices in operation.tensors().items() if n not in mixing}
+    environment.update(tensors)
+    score = torch.as_tensor(evaluate_expression(operation.score, environment)).expand_as(dot)
+    seen = torch.as_tensor(evaluate_expression(operation.mask, environment)).expand_as(dot)
+    sink = None if operation.sink is None else torch.as_tensor(evaluate_expression(operation.sink, environment), dtype=dot.dtype)
+    return mix_heads(operation.score_mix, score, doubled), seen, None if sink is None else sink.expand_as(dot[..., :1])
+
+
+def expected_lse(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Tensor:
+    """[B, H, Nq]: what `codegen.normalise` calls lse."""
+    score, seen, sink = scores(operation, values)
+    if operation.normaliser == "none":
+        return torch.zeros(score.shape[:3], dtype=torch.float64)
+    if operation.normaliser == "sum":
+        return score.masked_fill(~seen, 0.0).sum(-1).clamp(min=0.0).log()
+    lse = score.masked_fill(~seen, -torch.inf).logsumexp(-1)
+    return lse if sink is None else torch.logaddexp(lse, sink[..., 0]).masked_fill(lse == -torch.inf, -torch.inf)
 
 
 def score_error(operation: Attend, values: dict[str, torch.Tensor]) -> float:

@@ -37,6 +37,30 @@ NEIGHBOURHOODS: dict[str, tuple[Attend, int]] = {
     "2-D, dilated, prefix": (forms.neighbourhood_2d(6, 7, 3, 2, 1), 43),
 }
 
+# Beyond softmax attention: what streams all the same.
+STREAMED: dict[str, Callable[[], Attend]] = {
+    **{f"sink {axes}": (lambda axes=axes: forms.sinks(axes)) for axes in ("", "h", "bhi")},
+    "sink, empty rows": forms.sinks_and_empty_rows,
+    "decomposed position": forms.decomposed_position,
+    "relative table": forms.relative_table,
+    "guarded table": forms.guarded_table,
+    "linear": forms.linear,
+    "rectified": forms.rectified,
+    "sigmoid": forms.sigmoid,
+    **{f"gated {axes}": (lambda axes=axes: forms.gated(axes)) for axes in ("h", "bhij")},
+    "gated, rectified": forms.gated_rectified,
+}
+
+# And what does not: it is known only after all keys, or needs all heads.
+NOT_STREAMED: dict[str, Callable[[], Attend]] = {
+    "positional gate": forms.positional_gate,
+    "renormalised": forms.renormalised,
+    "offset under a mask": forms.offset_under_a_mask,
+    "talking heads": forms.talking_heads,
+    "talking heads without bias": lambda: forms.talking_heads(False),
+    "everything": forms.everything,
+}
+
 few = settings(max_examples=3, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -77,6 +101,13 @@ def check(interpreter: ProcessPoolExecutor, attend: Attend, shape: Shape, dtype:
 @given(shape=shapes(ODD), dtype=st.sampled_from(DTYPES), broadcast=st.booleans())
 def test_form(interpreter: ProcessPoolExecutor, form: str, shape: Shape, dtype: torch.dtype, broadcast: bool) -> None:
     check(interpreter, ANY_SIZE[form](), shape, dtype, broadcast)
+
+
+@pytest.mark.parametrize("form", STREAMED)
+@few
+@given(shape=shapes(ODD), dtype=st.sampled_from(DTYPES), broadcast=st.booleans())
+def test_unusual_form(interpreter: ProcessPoolExecutor, form: str, shape: Shape, dtype: torch.dtype, broadcast: bool) -> None:
+    check(interpreter, STREAMED[form](), shape, dtype, broadcast)
 
 
 @pytest.mark.parametrize("form", NEIGHBOURHOODS)

@@ -80,7 +80,7 @@ def test_the_default_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_names_from_a_model_do_not_meet_the_kernels_own() -> None:
-    names = ("query", "model.layers.0", "class", "i")
+    names = ("query", "model.layers.0", "class", "row_max")
     score = sympy.Add(QK, *(tensor(name, "hij") for name in names))
     kernel = emit(Attend("result", "q", "k", "v", score), ('a"""b', "c\\d"))
     compile(kernel.source, "kernel", "exec")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from attention_forms import Shape, operands
 from budget import expected, expected_lse, output_budget
-from test_interpreter import ANY_SIZE, DTYPES, NEIGHBOURHOODS
+from test_interpreter import ANY_SIZE, DTYPES, NEIGHBOURHOODS, NOT_STREAMED, STREAMED
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codegen.operator import attend, attend_op
@@ -24,7 +24,12 @@ FORMS: dict[str, tuple[Attend, Shape]] = {
     "wide values": (forms.biased("hij"), Shape(value_dim=24)),
     "narrow values": (forms.plain(), Shape(head_dim=72, value_dim=8)),
 }
-forms_and_broadcast = pytest.mark.parametrize(("form", "broadcast"), [(form, broadcast) for form in FORMS for broadcast in (False, True)])
+# Forms that no kernel is emitted for, and those that one is: a kernel's are tested in every dtype.
+UNUSUAL: dict[str, tuple[Attend, Shape]] = {name: (build(), Shape()) for name, build in {**STREAMED, **NOT_STREAMED}.items()}
+UNUSUAL["guarded table, few keys"] = (forms.guarded_table(), Shape(n_keys=5))
+ALL_FORMS = {**FORMS, **UNUSUAL}
+with_and_without_broadcast = [(form, broadcast) for form in ALL_FORMS for broadcast in (False, True)]
+forms_and_broadcast = pytest.mark.parametrize(("form", "broadcast"), with_and_without_broadcast)
 
 
 def run(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -41,9 +46,19 @@ def test_output(form: str, dtype: torch.dtype) -> None:
     assert ((out.double() - expected(operation, values)).abs() <= output_budget(operation, values, dtype)).all()
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", UNUSUAL)
+def test_unusual_output_in_double(form: str) -> None:
+    operation, shape = UNUSUAL[form]
+    values = operands(operation, shape, torch.float64)
+    reference = expected(operation, values)
+    # Sums of at most Nk products, of heads mixed twice, normalised twice.
+    budget = torch.finfo(torch.float64).eps * 64 * shape.n_keys * max(1.0, float(reference.abs().max()))
+    assert (run(operation, values) - reference).abs().max() <= budget
+
+
+@pytest.mark.parametrize("form", ALL_FORMS)
 def test_log_sum_exp(form: str) -> None:
-    operation, shape = FORMS[form]
+    operation, shape = ALL_FORMS[form]
     values = operands(operation, shape, torch.float64)
     tensors = [values[name] for name in operation.tensors()]
     lse = attend_op(values["query"], values["key"], values["value"], tensors, operation.to_json())[1]
@@ -56,7 +71,7 @@ def test_log_sum_exp(form: str) -> None:
 
 @forms_and_broadcast
 def test_gradients(form: str, broadcast: bool) -> None:
-    operation, shape = FORMS[form]
+    operation, shape = ALL_FORMS[form]
     values = operands(operation, shape, torch.float64, broadcast=broadcast)
     leaves = {name: value.requires_grad_() for name, value in values.items() if value.is_floating_point()}
     reference = semantics.attend(operation, values)

@@ -1,0 +1,110 @@
+"""How an emitted kernel reads its tensors: their arguments, addresses, loads, and what expressions print them as.
+
+A tensor read at the indices themselves is addressed as query and key are, and masked where the tile goes beyond them. One that is read at
+expressions in the indices is addressed by their text, each clamped to its axis.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Literal
+
+import sympy
+
+from codegen.names import identifiers
+from codegen.triton_printer import triton_text
+from rewrite.ir.expression import Indices, J, letters, tensors_in
+from rewrite.ir.operations import Attend
+
+# "tile" ([BLOCK_Q, BLOCK_K]) and "columns" ([BLOCK_K]) are loaded inside the loop over keys, "rows" before it ([BLOCK_Q, 1]), "end" after
+# it ([BLOCK_Q]).
+Part = Literal["tile", "columns", "rows", "end"]
+
+_QUERY: dict[Part, str] = {"tile": "i[:, None]", "columns": "i", "rows": "i[:, None]", "end": "i"}
+
+
+def axis_names(indices: Indices) -> tuple[str, ...]:
+    """What the axes of a tensor are called in a kernel's arguments: their letters, or their numbers."""
+    return tuple(letters(indices) or "") if letters(indices) is not None else tuple(str(place) for place in range(len(indices)))
+
+
+class KernelReads:
+    """The tensors of one operation. ids: tensor name -> identifier. group_ids: group name -> the end of its identifiers."""
+
+    def __init__(self, attend: Attend) -> None:
+        self.attend, self.tensors = attend, attend.tensors()
+        self.ids = identifiers(self.tensors)
+        self.group_ids = {} if attend.groups is None else identifiers(attend.groups.names)
+
+    def _by_key(self, name: str) -> bool:
+        return any(J in index.free_symbols for index in self.tensors[name])
+
+    def arguments(self) -> list[str]:
+        """Lines of the kernel's signature: strides, and the sizes that indices are clamped to."""
+        lines = []
+        for name, indices in self.tensors.items():
+            found = [f"{self.ids[name]}_stride_{axis}" for axis in axis_names(indices)]
+            if letters(indices) is None:
+                found += [f"{self.ids[name]}_size_{axis}" for axis in axis_names(indices)]
+            lines += [f"    {', '.join(found)},"] if found else []
+        return lines
+
+    def given(self) -> list[str]:
+        """The arguments of the launch that `arguments` names."""
+        lines = []
+        for name, indices in self.tensors.items():
+            sizes = f", *{self.ids[name]}.shape" if letters(indices) is None else ""
+            lines += [f"        *broadcast_strides({self.ids[name]}){sizes},"] if indices else []
+        return lines
+
+    def load(self, name: str, part: Part) -> str:
+        operand, indices = self.ids[name], self.tensors[name]
+        plain = letters(indices)
+        if plain is None:
+            return f"tl.load({' + '.join([operand, *(self._term(operand, place, part) for place in enumerate(indices))])})"
+        across, along = ("[:, None]" if part in ("tile", "rows") else ""), ("[None, :]" if part == "tile" else "")
+        terms = {
+            "b": f"b * {operand}_stride_b",
+            "h": f"h * {operand}_stride_h",
+            "i": f"first * {operand}_stride_i + rows{across} * {operand}_stride_i",
+            "j": f"start * {operand}_stride_j + columns{along} * {operand}_stride_j",
+        }
+        address = " + ".join([operand, *(terms[axis] for axis in plain)])
+        inside = [f"in_rows{across}"] if "i" in plain else []
+        inside += [f"in_keys{along}"] if "j" in plain else []
+        return f"tl.load({address}, mask={' & '.join(inside)}, other=0)" if inside else f"tl.load({address})"
+
+    def _term(self, operand: str, place: tuple[int, sympy.Expr], part: Part) -> str:
+        axis, index = place
+        text = triton_text(index, self._positions(part))
+        return f"tl.minimum(tl.maximum({text}, 0), {operand}_size_{axis} - 1).to(tl.int64) * {operand}_stride_{axis}"
+
+    def _positions(self, part: Part) -> dict[str, str]:
+        return {"b": "b", "h": "h", "i": _QUERY[part], "Nq": "Nq", "Nk": "Nk", **({"j": "j[None, :]"} if part == "tile" else {})}
+
+    def cast(self, name: str) -> str:
+        """Arithmetic is in float32; what only a predicate reads stays as it is."""
+        return ".to(tl.float32)" if name in tensors_in(*self.attend.expressions()) else ""
+
+    def outside_loop(self, part: Part, *expressions: sympy.Basic) -> list[str]:
+        """Loads of what does not change with j, for the expressions that read it."""
+        names = [name for name in tensors_in(*expressions) if not self._by_key(name)]
+        return [f"    {self.ids[name]}_{part} = {self.load(name, part)}{self.cast(name)}" for name in names]
+
+    def inside_loop(self, *expressions: sympy.Basic) -> list[str]:
+        """Loads of what changes with j."""
+        names = [name for name in tensors_in(*expressions) if self._by_key(name)]
+        return [f"{self.ids[name]}_tile = {self.load(name, 'tile')}{self.cast(name)}" for name in names]
+
+    @cached_property
+    def inside_names(self) -> dict[str, str]:
+        """What the score, the mask and the weight print their symbols as, inside the loop."""
+        tensors = {name: f"{self.ids[name]}_{'tile' if self._by_key(name) else 'rows'}" for name in self.tensors}
+        return {"qk": "qk", "w": "weight", **self._positions("tile"), **tensors}
+
+    @cached_property
+    def end_names(self) -> dict[str, str]:
+        """What the group weights and the sink print theirs as, after the loop."""
+        tensors = {name: f"{self.ids[name]}_end" for name in self.tensors if not self._by_key(name)}
+        masses = {f"mass_{name}": f"mass_{identifier}" for name, identifier in self.group_ids.items()}
+        return {**self._positions("end"), **tensors, **masses}

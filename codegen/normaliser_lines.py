@@ -1,0 +1,113 @@
+"""Lines of a kernel from scores to weights, and from sums to the result: the online softmax, and plain sums.
+
+"softmax" keeps the running maximum m and the sum l of exp(score - m), and rescales both and the accumulator when m grows (Milakov &
+Gimelshein 2018; Dao 2022); scores are kept in base 2. A sink is one more term of l, added at the end. "sum" and "none" add up scores as
+they are. A weight expression a * w streams as a factor of what the values are multiplied by, and leaves the normaliser alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import sympy
+from sympy.logic.boolalg import Boolean
+
+from codegen.kernel_reads import KernelReads
+from codegen.triton_printer import triton_text
+from codegen.weight_form import split_visits, weight_factor
+from rewrite.ir.expression import QK, W, conjuncts
+from rewrite.ir.operations import Attend
+
+LOG2_E = math.log2(math.e)
+
+
+def start(attend: Attend) -> list[str]:
+    """What a walk gathers."""
+    maximum = ['    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)'] if attend.normaliser == "softmax" else []
+    total = ["    row_sum = tl.zeros([BLOCK_Q], tl.float32)"] if attend.normaliser != "none" else []
+    return [*maximum, *total]
+
+
+def score_lines(attend: Attend, reads: KernelReads) -> list[str]:
+    """The scores of one block of keys; where the mask hides a key they weigh nothing."""
+    static, dynamic = split_visits(attend)
+    names = reads.inside_names
+    softmax = attend.normaliser == "softmax"
+    text = triton_text(sympy.Float(LOG2_E) * attend.score if softmax else attend.score, names)
+    nothing = 'float("-inf")' if softmax else "0.0"
+    return [
+        *reads.inside_loop(attend.score, dynamic, attend.weight),
+        "qk = tl.dot(query_tile, key_tile, input_precision=PRECISION)",
+        f"score = {text}{'  # in base 2: times log2(e)' if softmax else ''}",
+        *([] if attend.score.has(QK) else ["score += tl.zeros_like(qk)"]),
+        "if CHECKED:",
+        *(f"    {line}" for line in ["score = tl.where(in_keys[None, :], score, " + nothing + ")", *_hide(static, names, nothing)]),
+        *_hide(dynamic, names, nothing),
+    ]
+
+
+def _hide(mask: Boolean, names: dict[str, str], nothing: str) -> list[str]:
+    """A line for each term of the mask."""
+    terms = [] if mask == sympy.true else [triton_text(term, names) for term in conjuncts(mask)]
+    return [f"score = tl.where({condition}, score, {nothing})" for condition in terms]
+
+
+def weight_lines(attend: Attend) -> list[str]:
+    """Scores to weights that are not divided yet."""
+    if attend.normaliser != "softmax":
+        return ["", "weight = score", *(["row_sum += tl.sum(weight, 1)"] if attend.normaliser == "sum" else [])]
+    return [
+        "",
+        "new_max = tl.maximum(row_max, tl.max(score, 1))",
+        'shift = tl.where(new_max == float("-inf"), 0.0, new_max)  # a row that has seen no key yet',
+        "weight = tl.exp2(score - shift[:, None])",
+        "rescale = tl.exp2(row_max - shift)",
+        "row_max = new_max",
+        "row_sum = row_sum * rescale + tl.sum(weight, 1)",
+    ]
+
+
+def factor_lines(attend: Attend, reads: KernelReads) -> list[str]:
+    factor = weight_factor(attend.weight)
+    if attend.weight == W or factor is None:
+        return []
+    text = triton_text(factor, reads.inside_names)
+    # Past the last key a factor is made of whatever its tensors read as there.
+    return [f"weight = tl.where(weight != 0, weight * ({text}), 0.0)"]
+
+
+def accumulate(rescaled: bool) -> str:
+    before = "accumulator * rescale[:, None]" if rescaled else "accumulator"
+    return f"accumulator = tl.dot(weight.to(value_tile.dtype), value_tile, {before}, input_precision=PRECISION)"
+
+
+def end(attend: Attend, reads: KernelReads) -> list[str]:
+    """The accumulator divided, and lse_tile."""
+    if attend.normaliser == "none":
+        return ["    lse_tile = tl.zeros([BLOCK_Q], tl.float32)"]
+    if attend.normaliser == "sum":
+        return [
+            f"    total = row_sum + {attend.epsilon!r}",
+            "    share = tl.where(total != 0, 1.0 / tl.where(total != 0, total, 1.0), 0.0)",
+            "    accumulator *= share[:, None]",
+            '    lse_tile = tl.where(row_sum > 0, tl.log(tl.where(row_sum > 0, row_sum, 1.0)), float("-inf"))',
+        ]
+    # row_max is in base 2.
+    natural = f'* {math.log(2)!r}, float("-inf"))  # natural again'
+    if attend.sink is not None:
+        return [
+            *reads.outside_loop("end", attend.sink),
+            f"    sink = {triton_text(sympy.Float(LOG2_E) * attend.sink, reads.end_names)} + tl.zeros([BLOCK_Q], tl.float32)",
+            "    peak = tl.maximum(row_max, sink)",
+            '    shift = tl.where(peak == float("-inf"), 0.0, peak)',
+            "    rescale = tl.exp2(row_max - shift)",
+            "    total = row_sum * rescale + tl.exp2(sink - shift)",
+            "    normaliser = tl.where(total > 0, total, 1.0)",
+            "    accumulator *= (rescale / normaliser)[:, None]",
+            f"    lse_tile = tl.where(row_sum > 0, (shift + tl.log2(normaliser)) {natural}",
+        ]
+    divide = ["    normaliser = tl.where(row_sum > 0, row_sum, 1.0)", "    accumulator /= normaliser[:, None]"]
+    return [
+        *(divide if attend.groups is None else []),
+        f"    lse_tile = tl.where(row_sum > 0, (row_max + tl.log2(normaliser)) {natural}",
+    ]
