@@ -125,6 +125,7 @@ DUAL: tuple[Entry, ...] = (
     Entry(
         "vilt", made("ViltModel", "ViltConfig", **TEXT, image_size=56, patch_size=8), pair(), (Sites(2, "ViltSelfAttention", 66, 66, 4),),
         EAGER, ("padding", "additive mask"), note="one stream of text, CLS and patches",
+        breaks="patches are chosen by nonzero, unique and multinomial over the pixel mask",
     ),
     Entry(
         "lxmert", made("LxmertModel", "LxmertConfig", **LXMERT, l_layers=2, r_layers=1, x_layers=2, visual_feat_dim=48),

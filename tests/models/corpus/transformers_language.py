@@ -94,6 +94,10 @@ GEMMA3 = {
     **LLAMA, "num_hidden_layers": 3, "head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }  # fmt: skip
+# Said of a capture with scalar outputs and dynamic output shapes on; off, each of these models is 8 to 39 graphs.
+SIZES = "sizes of the pictures are read by .tolist() or .item(); then the library's output_capturing wrapper breaks, at a mapping proxy"
+LENGTHS = "capture raises: lengths of the pictures, read by .tolist() to split them off, are guarded on; without the two settings it breaks"
+WINDOWED = "capture raises: lengths of the windows, read by .tolist(), are guarded on (vision_utils.py:182); without the settings it breaks"
 SPLIT = "pictures are split off and attend one after another, so the sites are as many as the batch has pictures"
 DECODER = ("causal", "padding", "grouped-query", "rotary")
 
@@ -108,23 +112,27 @@ LANGUAGE: tuple[Entry, ...] = (
             vision_feature_select_strategy="full", **INDEX),
         sized(24, 56, 84), (Sites(2, "PixtralAttention", 48, 48, 4), read("MistralAttention", 24)),
         forms=("packed sequences", "additive mask", *DECODER), note="two pictures of 4 x 6 patches are one sequence under a block mask",
+        breaks=SIZES + "; eager attention makes it one graph",
     ),
     Entry(
         "mistral3", made("Mistral3ForConditionalGeneration", "Mistral3Config", text_config=MISTRAL, vision_config=PIXTRAL,
             spatial_merge_size=2, **INDEX),
         sized(6, 56, 84), (Sites(2, "PixtralAttention", 48, 48, 4), read("MistralAttention", 6)),
         forms=("packed sequences", "additive mask", *DECODER),
+        breaks=SIZES,
     ),
     Entry(
         "llava-next", made("LlavaNextForConditionalGeneration", "LlavaNextConfig", text_config=TEXT, vision_config=CLIP,
             image_grid_pinpoints=[[56, 112]], image_seq_length=16, **INDEX),
         sized(52, 56, 112, 3), (CLIP_SEEN, read("LlamaAttention", 52)), forms=("plain", *DECODER),
         note="a picture is three crops; four of its tokens end a line",
+        breaks=SIZES,
     ),
     Entry(
         "llava-onevision", made("LlavaOnevisionForConditionalGeneration", "LlavaOnevisionConfig", text_config=QWEN, vision_config=SIGLIP,
             image_grid_pinpoints=[[56, 112]], video_token_index=198, **INDEX),
         sized(52, 56, 112, 3), (seen("SiglipAttention", 4), read("Qwen2Attention", 52)), forms=("plain", *DECODER),
+        breaks=SIZES,
     ),
     Entry(
         "video-llava", made("VideoLlavaForConditionalGeneration", "VideoLlavaConfig", text_config=TEXT, vision_config=CLIP,
@@ -142,6 +150,7 @@ LANGUAGE: tuple[Entry, ...] = (
             vision_config={**BLOCKS, "embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2}, **GRID),
         packed(8), (sequences("VisionAttention"), read("Qwen2VLAttention", 16)),
         forms=("packed sequences", "fused qkv", *DECODER), core=True, note=SPLIT,
+        breaks=LENGTHS,
     ),
     Entry(
         "qwen2.5-vl", made("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", text_config=QWEN_VL,
@@ -150,12 +159,14 @@ LANGUAGE: tuple[Entry, ...] = (
             Sites(8, "Qwen2_5_VLVisionAttention", 16, 16, 4, window=(4, 4), per_call=8),
             Sites(2, "Qwen2_5_VLVisionAttention", 64, 64, 4, per_call=2), read("Qwen2_5_VLAttention", 16),
         ), forms=("packed sequences", "window partition", "fused qkv", *DECODER), note="patches lie window by window; " + SPLIT,
+        breaks=WINDOWED,
     ),
     Entry(
         "qwen3-vl", made("Qwen3VLForConditionalGeneration", "Qwen3VLConfig", text_config={**QWEN_VL, "head_dim": 32},
             vision_config={**MERGED, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}, **GRID),
         packed(8), (sequences("Qwen3VLVisionAttention"), read("Qwen3VLTextAttention", 16)),
         forms=("packed sequences", "fused qkv", "qk-norm", *DECODER), note=SPLIT,
+        breaks=LENGTHS,
     ),
     Entry(
         "glm4v", made("Glm4vForConditionalGeneration", "Glm4vConfig", text_config=QWEN_VL, vision_config={**MERGED, "image_size": 64},
@@ -163,6 +174,7 @@ LANGUAGE: tuple[Entry, ...] = (
             **TOKEN),
         packed(8), (sequences("Glm4vVisionAttention"), read("Glm4vTextAttention", 16)),
         forms=("packed sequences", "fused qkv", *DECODER), note=SPLIT,
+        breaks=LENGTHS,
     ),
     Entry(
         "internvl", made("InternVLForConditionalGeneration", "InternVLConfig", text_config=QWEN,
