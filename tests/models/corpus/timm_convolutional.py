@@ -89,7 +89,7 @@ MOBILE: tuple[Entry, ...] = (
         "csatv2", tokens(2, "Attention", 8, 8), tokens(2, "Attention", 4, 8), Sites(14, "SpatialTransformerBlock", 2, 2, 1), size=256,
         forms=("plain", "fused qkv"),
         note="SpatialTransformerBlock's queries and keys are (batch, tokens) matrices, so the pictures of a batch attend to each other: "
-        "its 2 queries and 2 keys are a batch of two; it has no fused form",
+        "its 2 queries and 2 keys are a batch of two, and its input, a LayerNorm of one channel, is constant; it has no fused form",
     ),
 )  # fmt: skip
 

@@ -202,6 +202,7 @@ POSITIONS: tuple[Entry, ...] = (
         "naflexvit_base_patch16_map", Sites(2, "Attention", 49, 49, 12, prefix=1), single(1, "AttentionPoolLatent", 48, 12, kind="cross"),
         label="naflexvit_base_patch16_map, padded", inputs=padded_patches, depth=2,
         forms=("padding", "additive mask", "fused qkv", "pooled queries"),
+        breaks="timm runs the positions of padded patches outside the graph, under torch.compiler.disable",
         note="pictures of several shapes in one batch, so no grid; the mask is the dtype's minimum, not -inf: a padded query sees all keys",
     ),
 )  # fmt: skip
