@@ -12,6 +12,7 @@ from torch import fx
 from rewrite.ir.operations import Body
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site, TokenLayout
+from rewrite.recognise.functional import forwarded_writes, overwritten, remaining_writes
 from rewrite.recognise.masks import hides_later
 from rewrite.recognise.operators import hinted_shape, module_path
 from rewrite.recognise.region import Region
@@ -62,7 +63,9 @@ def recognise(
     has_visual_cache: whether a KV cache entry is known to hold visual tokens. proofs: results of earlier verifications, by structure.
     """
     proofs = {} if proofs is None else proofs
+    forwarded_writes(graph)
     regions, missed = find_regions(graph)
+    writes = remaining_writes(graph)
     misses = [replace(miss, module=qualify(miss.module)) for miss in missed]
     recognition = Recognition(misses=misses)
     taken: Counter[str] = Counter()
@@ -70,10 +73,14 @@ def recognise(
     layouts = TokenLayouts(graph)
     stacks = _Stacks()
     for region in regions:
+        path = qualify(module_path(region.core))
+        written = overwritten(region, writes)
+        if written is not None:
+            misses.append(NearMiss(region.core.name, path, written))
+            continue
         key = structure(region)
         if key not in proofs:
             proofs[key] = verify(region)
-        path = qualify(module_path(region.core))
         if proofs[key] is not None:
             misses.append(NearMiss(region.core.name, path, f"its IR was not confirmed: {proofs[key]}"))
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,8 +13,14 @@ from rewrite.recognise.operators import canonical, hint, hinted_shape, spelled, 
 from rewrite.recognise.region import Region, viewed
 from rewrite.recognise.regions import interior
 
-# Two draws: scores of order one, and scores large enough for the softmax to be peaked.
-_DRAWS = ((0, 1.0), (1, 4.0))
+# Scores of order one, and scores large enough for the softmax to be peaked.
+_MILD, _PEAKED = 1.0, 4.0
+# The normal distribution's quantile at 2/3.
+_TWO_THIRDS = 0.43
+# Beyond this many pairs of a query and a key one draw holds both in turn, row by row: each row of a batch is an input of its own.
+_LARGE = 1 << 20
+# Random numbers are drawn once and repeated: drawing them would take longer than all else. A prime, so that no two rows are alike.
+_PERIOD = 65537
 # Rounding steps that may pile up per output element beyond the sum over keys: projections' length and the exponential.
 _SLACK = 64.0
 
@@ -41,49 +48,66 @@ def _described(node: fx.Node) -> str:
 
 def verify(region: Region) -> str | None:
     """None where IR and graph agree on every draw, else what was found, in words."""
-    divides_by_sum = region.attend.normaliser == "sum" or region.attend.renormalised
-    for seed, spread in _DRAWS:
+    pairs = region.sizes["B"] * region.sizes["H"] * region.sizes["Nq"] * region.sizes["Nk"]
+    draws: list[tuple[float, ...]] = [(_MILD, _PEAKED)] if pairs > _LARGE and region.sizes["B"] > 1 else [(_MILD,), (_PEAKED,)]
+    for seed, spreads in enumerate(draws):
         generator = torch.Generator().manual_seed(seed)
-        values = {operand.node: _draw(operand.node, spread, generator, divides_by_sum) for operand in region.operands().values()}
-        operands = {name: operand.layout.apply(values[operand.node]) for name, operand in region.operands().items()}
-        weights = attention_weights(region.attend, operands)
-        expected = weights @ operands["value"].repeat_interleave(weights.shape[1] // operands["value"].shape[1], dim=1)
-        # A query that sees no key is zeros in the IR; what the model makes of it (NaN, a mean, zeros) is not compared.
-        expected = expected.masked_fill(weights.sum(-1, keepdim=True) == 0, torch.nan).permute(region.output_order)
-        if region.output_shape is not None:
-            expected = viewed(expected, region.output_shape)
-        actual = _run(region, values)
-        if actual.shape != expected.shape:
-            return f"the graph gives {tuple(actual.shape)}, the IR {tuple(expected.shape)}"
-        # Every output is a weighted sum of values: the rounding of that sum and of scores up to `largest` is what may differ.
-        largest = (operands["query"].norm(dim=-1).amax() * operands["key"].norm(dim=-1).amax()).item()
-        mass = max(1.0, weights.abs().sum(-1).max().item())
-        budget = torch.finfo(torch.float64).eps * (_SLACK + region.sizes["Nk"] + largest) * mass * operands["value"].abs().max().item()
-        compared = ~expected.isnan()
-        if not compared.any():
-            return "its masks hide every key from every query"
-        error = (actual - expected)[compared].abs().max().item()
-        if not error <= budget:
-            return f"the graph and the IR differ by {error:.3g}, where rounding allows {budget:.3g}"
+        reason = _compare(region, {operand.node: _draw(operand.node, spreads, generator, region) for operand in region.operands().values()})
+        if reason is not None:
+            return reason
     return None
 
 
-def _draw(node: fx.Node, spread: float, generator: torch.Generator, divides_by_sum: bool) -> torch.Tensor:
+def _compare(region: Region, values: dict[fx.Node, torch.Tensor]) -> str | None:
+    """None where IR and graph agree on these values of the operands."""
+    operands = {name: operand.layout.apply(values[operand.node]) for name, operand in region.operands().items()}
+    weights = attention_weights(region.attend, operands)
+    expected = weights @ operands["value"].repeat_interleave(weights.shape[1] // operands["value"].shape[1], dim=1)
+    # A query that sees no key is zeros in the IR; what the model makes of it (NaN, a mean, zeros) is not compared.
+    expected = expected.masked_fill(weights.sum(-1, keepdim=True) == 0, torch.nan).permute(region.output_order)
+    if region.output_shape is not None:
+        expected = viewed(expected, region.output_shape)
+    actual = _run(region, values)
+    if actual.shape != expected.shape:
+        return f"the graph gives {tuple(actual.shape)}, the IR {tuple(expected.shape)}"
+    # Every output is a weighted sum of values: the rounding of that sum and of scores up to `largest` is what may differ.
+    largest = (operands["query"].norm(dim=-1).amax() * operands["key"].norm(dim=-1).amax()).item()
+    mass = max(1.0, weights.abs().sum(-1).max().item())
+    budget = torch.finfo(torch.float64).eps * (_SLACK + region.sizes["Nk"] + largest) * mass * operands["value"].abs().max().item()
+    compared = ~expected.isnan()
+    if not compared.any():
+        return "its masks hide every key from every query"
+    error = (actual - expected)[compared].abs().max().item()
+    return None if error <= budget else f"the graph and the IR differ by {error:.3g}, where rounding allows {budget:.3g}"
+
+
+def _draw(node: fx.Node, spreads: tuple[float, ...], generator: torch.Generator, region: Region) -> torch.Tensor:
     """A random value for an operand: normal numbers, or a mask that is True for two thirds of the pairs.
 
-    Of every row it holds the first key apart from the last, so that whichever of True and False hides, some key is seen.
+    spreads: what scales the numbers, in turn along the first axis. Of every row a mask holds the first key apart from the last, so that
+    whichever of True and False hides, some key is seen.
     """
     shape, dtype = hinted_shape(node), value_of(node).dtype
     if dtype == torch.bool:
-        mask: torch.Tensor = torch.rand(shape, generator=generator, dtype=torch.float64) < 2 / 3
+        mask: torch.Tensor = _numbers(shape, generator) < _TWO_THIRDS
         if mask.ndim and mask.shape[-1] > 1:
             mask[..., 0], mask[..., -1] = True, False
         return mask
     if not dtype.is_floating_point:
         return torch.randint(0, 2, shape, generator=generator).to(dtype)
-    drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * float(spread / max((1, *shape[-1:])) ** 0.25)
+    drawn = _numbers(shape, generator)
+    # Products over the last axis are then of the order of the spread.
+    factors = torch.tensor(spreads, dtype=torch.float64) / max((1, *shape[-1:])) ** 0.25
+    drawn *= factors.repeat(shape[0])[: shape[0]].view(-1, *[1] * (len(shape) - 1)) if shape else factors[0]
     # A sum of weights that may cancel has no bound for what it divides; positive features are what such attention is made for.
-    return drawn.abs() if divides_by_sum else drawn
+    return drawn.abs() if region.attend.normaliser == "sum" or region.attend.renormalised else drawn
+
+
+def _numbers(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Normal numbers of a shape."""
+    count = math.prod(shape)
+    drawn = torch.randn(min(count, _PERIOD), generator=generator, dtype=torch.float64)
+    return (drawn if count <= _PERIOD else drawn.repeat(-(-count // _PERIOD))[:count]).reshape(shape)
 
 
 def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
