@@ -31,21 +31,20 @@ class TokenLayout:
     window: tuple[int, ...] | None = None
     partition: Literal["window", "grid"] = "window"
     shifted: bool = False
-    raster: bool = True
 
     @property
     def partial(self) -> str | None:
-        """Why a site's sequence is not the whole grid in order, in words; None where it is, or where no grid is known."""
-        if self.window is not None:
-            return f"it attends in {'dilated ' if self.partition == 'grid' else ''}windows of {_by(self.window)}"
-        return None if self.raster else f"the tokens of its grid {_by(self.grid or ())} are not in raster order"
+        """Why a site's sequence is not the whole grid, in words; None where it is, or where no grid is known."""
+        if self.window is None:
+            return None
+        return f"it attends in {'dilated ' if self.partition == 'grid' else ''}windows of {_by(self.window)}"
 
     def __str__(self) -> str:
         parts = [f"{self.prefix} prefix" if self.prefix else None, f"grid {_by(self.grid)}" if self.grid else None]
         text = " + ".join(part for part in parts if part) or ("text with visual tokens" if self.visual else "sequence")
         kind = "dilated windows" if self.partition == "grid" else "windows"
         cut = [f"{kind} {_by(self.window)}" if self.window else None, "shifted" if self.shifted else None]
-        return ", ".join(part for part in (text, *cut, None if self.raster else "reordered") if part)
+        return ", ".join(part for part in (text, *cut) if part)
 
 
 def _by(sizes: tuple[int, ...]) -> str:

@@ -29,9 +29,9 @@ Partition = Literal["window", "grid"]
 class TokenLayout:
     """A token axis: `prefix` tokens, then positions of `grid`, then `suffix` tokens.
 
-    window: the part of the grid that is on the axis, the rest being in the batch; None where it is all of it. partition: windows are
-    contiguous, or each takes every n-th position (a "grid", dilated). shifted: the grid was rolled before it was cut. raster: the
-    positions are in row-major order.
+    window: the part of the grid, padded perhaps, that is on the axis, the rest being in the batch; None where it is the grid itself.
+    partition: windows are contiguous, or each takes every n-th position (a "grid", dilated). shifted: the grid was rolled before it was
+    cut. Positions in another order than row by row are no layout.
     """
 
     grid: Grid
@@ -40,7 +40,6 @@ class TokenLayout:
     window: Grid | None = None
     partition: Partition = "window"
     shifted: bool = False
-    raster: bool = True
 
     @property
     def patches(self) -> int:
@@ -93,7 +92,7 @@ class TokenLayouts:
             if axes is None or len(axes) != 3:
                 continue
             found = [(axis, layout) for axis in range(3) if (layout := _layout(axes, extents(node), axis)) is not None]
-            whole = [(axis, layout) for axis, layout in found if layout.window is None and layout.raster]
+            whole = [(axis, layout) for axis, layout in found if layout.window is None]
             if len(whole) == 1:
                 axis, layout = whole[0]
                 conv = _source(axes[axis], extents(node)[axis])
@@ -118,7 +117,7 @@ def layout_of(node: fx.Node) -> tuple[Grid, int] | None:
     Each call reads the whole graph once; for many nodes of one graph, ask one `TokenLayouts`.
     """
     layout = TokenLayouts(node.graph).of(node)
-    plain = layout is not None and layout.window is None and layout.raster and not layout.suffix
+    plain = layout is not None and layout.window is None and not layout.suffix
     return (layout.grid, layout.prefix) if layout is not None and plain else None
 
 
@@ -184,18 +183,19 @@ def _layout(axes: Axes, sizes: Sequence[int], axis: int) -> TokenLayout | None:
     if not all(_covered([entry for entry in parts + others if entry[1].axis == a], lines[a].length) for a in order):
         return None
     window = tuple(math.prod(size for size, place in parts if place.axis == a) for a in order)
-    whole = window == tuple(lines[a].length for a in order)
+    lengths = tuple(lines[a].length for a in order)
+    grid = tuple(lines[a].length - lines[a].before - lines[a].after for a in order)
     shifted = any(line.shift for line in lines.values())
-    padded = any(line.before or line.after for line in lines.values())
     laid = [place.axis for _, place in parts]
+    if laid != sorted(set(laid)):
+        return None
     return TokenLayout(
-        grid=tuple(lines[a].length - lines[a].before - lines[a].after for a in order),
+        grid=grid,
         prefix=prefix,
         suffix=suffix,
-        window=None if whole else window,
+        window=None if window == lengths == grid and not shifted else window,
         partition=_partition(parts),
         shifted=shifted,
-        raster=laid == sorted(set(laid)) and not (whole and (shifted or padded)),
     )
 
 

@@ -6,14 +6,14 @@ coordinates; where it does not, its result is a grid of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
 from rewrite.tokens import rules
-from rewrite.tokens.atoms import Atom, Axes, Axis, Place, cut, fresh, leaves, line_of, put
+from rewrite.tokens.atoms import Atom, Axes, Axis, Place, cut, fresh, leaves, line_of, merged, put, regroup
 from rewrite.tokens.placement import example, extents, is_tensor
 
 Rule = Callable[[fx.Node, Axes], Axes | None]
@@ -34,16 +34,21 @@ def _put_grid(node: fx.Node, source: fx.Node, axes: Axes, at: range) -> None:
 def _resampled(node: fx.Node, source: fx.Node, axes: Axes, rank: int, channels: Axis) -> Axes:
     """The last `rank` axes computed from those of `source`."""
     before, after = extents(source), extents(node)
-    last: list[Axis] = []
+    result = [*axes[: -rank - 1], channels, *axes[-rank:]]
     for i in range(-rank, 0):
-        partly = line_of(axes[i]) is None and any(atom.place is not None for atom in leaves(axes[i]))
         if before[i] == after[i]:
-            last.append(axes[i])
-        elif partly or not isinstance(example(node).shape[i], int):
-            last.append(fresh(after[i]))
+            continue
+        inside = merged(axes[i])
+        if line_of(axes[i]) is None and any(isinstance(part, tuple) for part in inside):
+            result[i] = fresh(after[i])
+            if len(inside) == 1 and isinstance(inside[0], tuple) and before[i] % after[i] == 0:  # windows, coarser with all of their grid
+                place, patch = inside[0][1], before[i] // after[i]
+                result[i] = _coarser(Atom(after[i], replace(place, stride=place.stride * patch)), {place.line: patch})
+                result = [tuple(atom for old in leaves(axis) for atom in _coarser(old, {place.line: patch})) for axis in result]
         else:
-            last.append(fresh(after[i], Place(i, after[i], source=node)))
-    return (*axes[: -rank - 1], channels, *last)
+            known = isinstance(example(node).shape[i], int)
+            result[i] = fresh(after[i], Place(i, after[i], source=node) if known else None)
+    return tuple(result)
 
 
 def _convolution(node: fx.Node, axes: Axes) -> Axes | None:
@@ -119,6 +124,11 @@ def _patches(node: fx.Node, source: fx.Node, axes: Axes) -> Axes | None:
     if not all(isinstance(x, int) for x in (*kernel, *dilation, *padding, *stride, *before)):
         return None
     _put_grid(node, source, axes, range(2, 4))
+    if kernel == stride and (*dilation, *padding) == (1, 1, 0, 0) and all(before[i] % kernel[i] == 0 for i in range(2)):
+        (rows, inner_rows), (columns, inner_columns) = (
+            regroup((axes[2 + i],), (before[i],), (before[i] // kernel[i], kernel[i])) for i in range(2)
+        )
+        return axes[0], (*axes[1], *inner_rows, *inner_columns), (*rows, *columns)
     counts = [(before[i] + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(2)]
     tokens = tuple(atom for i in range(2) for atom in fresh(counts[i], Place(i - 2, counts[i], source=node)))
     if counts == list(before):
@@ -131,6 +141,16 @@ def _fold(node: fx.Node, axes: Axes) -> Axes | None:
     shape = example(node).shape
     if len(shape) != 4 or not all(isinstance(size, int) for size in shape[2:]):
         return None
+    kernel, dilation, padding, stride = (
+        _each(rules.argument(node, i + 2, name, default=default), 2)
+        for i, (name, default) in enumerate((("kernel_size", None), ("dilation", 1), ("padding", 0), ("stride", 1)))
+    )
+    counts = [size // step if isinstance(step, int) and step else 0 for size, step in zip(shape[2:], kernel, strict=True)]
+    source = node.args[0]
+    if kernel == stride and (*dilation, *padding) == (1, 1, 0, 0) and isinstance(source, fx.Node):
+        channels, *inner = regroup((axes[1],), extents(source)[1:2], (extents(node)[1], *kernel))
+        rows, columns = regroup((axes[2],), extents(source)[2:3], counts)
+        return axes[0], channels, (*rows, *inner[0]), (*columns, *inner[1])
     return axes[0], fresh(extents(node)[1]), *(fresh(shape[i], Place(i - 4, shape[i], source=node)) for i in (2, 3))
 
 
@@ -192,16 +212,18 @@ def coarsened(axes: Axes, lost: list[Atom]) -> Axes:
     if not patches:
         return axes
 
-    def kept(atom: Atom) -> Atom:
-        if atom.place is None or atom.place.line not in patches:
-            return atom
-        place, patch = atom.place, patches[atom.place.line]
-        if not patch or place.stride % patch or place.length % patch:
-            return Atom(atom.size)
-        coarser = {name: getattr(place, name) // patch for name in ("length", "stride", "shift", "before", "after")}
-        return Atom(atom.size, replace(place, **coarser))
+    return tuple(tuple(kept for atom in leaves(axis) for kept in _coarser(atom, patches)) for axis in axes)
 
-    return tuple(tuple(kept(atom) for atom in leaves(axis)) for axis in axes)
+
+def _coarser(atom: Atom, patches: Mapping[Place, int]) -> Axis:
+    """An atom of a grid of which every `patches[line]` positions became one; of unknown place where they do not become one."""
+    if atom.place is None or atom.place.line not in patches:
+        return (atom,)
+    place, patch = atom.place, patches[atom.place.line]
+    if not patch or place.stride % patch or place.length % patch:
+        return fresh(atom.size)
+    coarser = {name: getattr(place, name) // patch for name in ("length", "stride", "shift", "before", "after")}
+    return fresh(atom.size, replace(place, **coarser))
 
 
 def _stride(atom: Atom) -> int:

@@ -22,22 +22,26 @@ def stated(group: Sites) -> Facts:
 def read(site: Site) -> Facts:
     """The same of a recognised site. Tokens that lie apart by a stride are no local part of a grid, so no window to the tables."""
     layout = site.layout
-    return layout.grid, layout.prefix, layout.window if layout.partition == "window" else None
+    window = None if layout.partition == "grid" or layout.window == layout.grid else layout.window
+    return layout.grid, layout.prefix, window
 
 
 def layout_differences(entry: Entry, recognition: Recognition) -> list[str]:
     """What was read wrong, in words, for the sites that were found; empty where all is as the table says.
 
-    Sites are told apart by their sizes; the table may have more of a kind than were found, in any order.
+    Sites are told apart by their sizes, and by heads where the graph has them on an axis of their own; the table may have more of a kind
+    than were found, in any order.
     """
     wanted: dict[Problem, Counter[Facts]] = {}
     for group in entry.sites:
         if group.kind != "linear":
-            wanted.setdefault((group.queries, group.keys, group.heads), Counter())[stated(group)] += group.count
+            for heads in (group.heads, 0):
+                wanted.setdefault((group.queries, group.keys, heads), Counter())[stated(group)] += group.count
     differences: list[str] = []
     for found in recognition.found:
         site = found.site
         problem = (site.dims["Nq"], site.dims["Nk"], site.dims["H"])
+        problem = problem if problem in wanted else (*problem[:2], 0)
         facts = read(site)
         if problem not in wanted:
             differences.append(f"{site.name}: no site of {_told(problem)} is in the table")
@@ -50,7 +54,7 @@ def layout_differences(entry: Entry, recognition: Recognition) -> list[str]:
 
 
 def _told(problem: Problem) -> str:
-    return "{} queries, {} keys, {} heads".format(*problem)
+    return "{} queries, {} keys, {} heads".format(*problem).replace(", 0 heads", "")
 
 
 def _facts(facts: Any) -> str:
