@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 
 import sympy
 import torch
@@ -49,6 +50,12 @@ def output_like(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor,
     return out, query.new_empty(batch, heads, n_queries, dtype=torch.float32)
 
 
+@lru_cache(maxsize=1024)
+def _fused_score(attend: Attend) -> tuple[float, sympy.Expr] | None:
+    """What `linear_score` says, where torch's fused attention computes the operation; else None."""
+    return linear_score(attend.score) if replace(attend, sink=None).is_plain else None
+
+
 def attend_forward(
     attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Mapping[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,8 +64,8 @@ def attend_forward(
     lse, of the scores that a query sees: the logarithm of the softmax's denominator, the sink's part included, -inf for a query that sees
     no key; of the scores' sum for "sum", -inf where that is not positive; 0 for "none".
     """
-    linear = linear_score(attend.score)
-    if linear is not None and query.device.type == "cpu" and replace(attend, sink=None).is_plain:
+    linear = _fused_score(attend)
+    if linear is not None and query.device.type == "cpu":
         return _fused(attend, linear, (query, key, value), tensors)
     out, lse = output_like(query, value)
     out.zero_()

@@ -44,7 +44,13 @@ def test_heads_too_wide_are_refused() -> None:
         emit(forms.plain()).compile(head_dim=320)
 
 
-@pytest.mark.parametrize("form", [forms.biased("bhij"), forms.masked("bij"), forms.softcap()])
+@pytest.mark.parametrize(
+    "form",
+    [
+        *(forms.biased("bhij"), forms.masked("bij"), forms.softcap(), forms.sinks("h"), forms.gated("bhij")),
+        *(forms.decomposed_position(), forms.relative_table(), forms.guarded_table(), forms.linear(), forms.sigmoid()),
+    ],
+)
 def test_tensors_and_caps_compile(form: Attend) -> None:
     compiled = emit(form).compile("sm_90", torch.float16, 80, value_dim=96)
     assert compiled.registers > 0

@@ -7,14 +7,15 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import attention_forms as forms
 import pytest
 import sympy
 
-from codegen import cache, emit
-from rewrite.ir import QK, Attend, RewriteError, tensor
+from codegen import cache, emit, has_triton_form
+from rewrite.ir import QK, Attend, RewriteError, W, tensor
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +50,10 @@ def test_a_kernel_is_a_file_that_reads(folder: Path) -> None:
         (forms.causal(), "attend_causal"),
         (forms.neighbourhood_1d(32, 7), "attend_masked"),
         (forms.grouped(False), "attend_grouped"),
+        (forms.sinks("h"), "attend_causal_sinks"),
+        (forms.linear(), "attend_linear_causal"),
+        (forms.sigmoid(), "attend_unnormalised_masked_biased"),
+        (forms.gated("h"), "attend_causal_gated"),
     ],
 )
 def test_kernels_are_named_for_what_they_compute(form: Attend, name: str) -> None:
@@ -96,3 +101,27 @@ def test_a_kernel_file_imports_on_its_own() -> None:
     kernel = emit(forms.causal())
     code = f"import runpy; assert 'launch' in runpy.run_path({str(kernel.path)!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        (forms.talking_heads(), "mixes heads"),
+        (forms.renormalised(), "normalised again"),
+        (forms.offset_under_a_mask(), "not w times a factor"),
+        (replace(forms.plain(), weight=W**2), "not w times a factor"),
+        (replace(forms.plain(), score=sympy.cbrt(QK)), "only powers"),
+    ],
+)
+def test_what_does_not_stream_is_refused_with_the_reason(form: Attend, reason: str) -> None:
+    with pytest.raises(RewriteError, match=reason):
+        emit(form)
+    assert reason in (has_triton_form(form) or "")
+    assert has_triton_form(forms.sinks("h")) is None
+
+
+def test_what_an_unusual_kernel_computes_is_said_in_its_file() -> None:
+    said = emit(replace(forms.sinks("h"), weight=W * tensor("gate", "h"))).source
+    assert "t[h], the logit of a key without a value" in said
+    assert "w*gate[h], w being the normalised weight" in said
+    assert "0.25, added to the sum" in emit(forms.linear()).source

@@ -9,6 +9,7 @@ from attention_forms import Shape, operands
 from torch.utils.flop_counter import FlopCounterMode
 
 from codegen import attend, visible_pairs
+from codegen.operator import _attend_cuda
 from rewrite.ir import NK, NQ, Attend, I, J, semantics
 
 FORMS = {
@@ -16,6 +17,7 @@ FORMS = {
     "biased": forms.biased("hij"),
     "neighbourhood": forms.neighbourhood_2d(7, 7, 3, 1, 1),
     "grouped": forms.grouped(),
+    "everything": forms.everything(),
 }
 SHAPE = Shape(n_queries=50, n_keys=50)
 
@@ -24,12 +26,22 @@ SHAPE = Shape(n_queries=50, n_keys=50)
 @pytest.mark.parametrize("gradient", [False, True])
 def test_opcheck(form: str, gradient: bool) -> None:
     operation = FORMS[form]
-    values = operands(operation, SHAPE)
+    # In double, so that what differs in the last bits does not count: mixed heads multiply it.
+    values = operands(operation, SHAPE, torch.float64)
     for value in values.values():
         value.requires_grad_(gradient and value.is_floating_point())
     tensors = [values[name] for name in operation.tensors()]
     found = torch.library.opcheck(torch.ops.rewrite.attend, (values["query"], values["key"], values["value"], tensors, operation.to_json()))
     assert set(found.values()) == {"SUCCESS"}
+
+
+def test_without_a_triton_form_a_gpu_runs_the_torch_lowering() -> None:
+    """What the CUDA implementation does, on tensors that are not there: it asks for no kernel."""
+    operation = forms.talking_heads()
+    values = operands(operation, SHAPE)
+    given = (values["query"], values["key"], values["value"], [values[name] for name in operation.tensors()], operation.to_json())
+    for found, wanted in zip(_attend_cuda(*given), torch.ops.rewrite.attend(*given), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_compiled_by_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +79,7 @@ def test_autocast_casts_query_key_and_value_alone() -> None:
     assert values["query"].grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("form", [*FORMS.values(), forms.causal(), forms.masked("bij"), forms.neighbourhood_1d(50, 7, 2)])
+@pytest.mark.parametrize("form", [*list(FORMS.values())[:4], forms.causal(), forms.masked("bij"), forms.neighbourhood_1d(50, 7, 2)])
 def test_flops_are_those_of_the_visible_pairs(form: Attend) -> None:
     values = operands(form, SHAPE)
     for name in ("query", "key", "value"):

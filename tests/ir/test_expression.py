@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewrite.ir import NK, NQ, QK, B, H, I, J, conjuncts, is_static, mass, tensor, tensors_in
+from rewrite.ir import NK, NQ, QK, B, G, H, I, J, W, conjuncts, is_static, letters, mass, read, tensor, tensors_in
 from rewrite.ir.expression import from_json, to_json
-from rewrite.ir.semantics import evaluate_expression, positions
+from rewrite.ir.semantics import evaluate_expression, positions, read_at
 from rewrite.ir.site import is_causal_term
 
 TENSORS = {"bias": tensor("bias", "hij"), "slope": tensor("slope", "h")}
@@ -171,3 +171,53 @@ def test_causal_terms(term: sympy.Basic, causal: bool) -> None:
 def test_conjuncts() -> None:
     assert set(conjuncts(sympy.And(J <= I, J > I - 4))) == {J <= I, J > I - 4}
     assert conjuncts(sympy.true) == (sympy.true,)
+
+
+TABLE = read("table", H, sympy.floor(sympy.Mod(J, 6) / 2), I - J + NK - 1)
+
+
+def test_letters_are_axes_in_order() -> None:
+    assert letters(tensor("bias", "hij").indices) == "hij"
+    assert letters(read("bias", H, I, J).indices) == "hij"
+    assert letters(()) == ""
+    for indices in ((J, I), (I, I), (H, I + 1), (sympy.Integer(0),), (G, H)):
+        assert letters(indices) is None
+
+
+@pytest.mark.parametrize("index", [QK, J / 2, sympy.Symbol("x", integer=True), W, tensor("order", "j"), 1.5])
+def test_an_index_is_an_integer_expression_in_positions(index: sympy.Expr) -> None:
+    with pytest.raises(ValueError, match="table cannot be read at"):
+        read("table", index)
+
+
+def test_where_tensors_are_read() -> None:
+    assert tensors_in(TABLE + tensor("bias", "hj") * QK) == {"bias": (H, J), "table": TABLE.indices}
+    with pytest.raises(ValueError, match=r"bias is read at \[h\] and at \[j\]"):
+        tensors_in(tensor("bias", "h") + read("bias", J))
+    with pytest.raises(ValueError, match="called w"):
+        tensors_in(tensor("w", "h"))
+
+
+def test_json_keeps_reads() -> None:
+    score = QK + TABLE + read("constant", 3) + W
+    assert through_json(score) == score
+    assert to_json(read("bias", H, J)) == ["Tensor", "bias", "hj"]
+    with pytest.raises(TypeError, match="vocabulary"):
+        from_json(["Tensor", "table", [["Symbol", "x"]]])
+    with pytest.raises(ValueError, match="cannot be read at"):
+        from_json(["Tensor", "table", [["Symbol", "qk"]]])
+
+
+@pytest.mark.parametrize("sizes", [(3, 3, 11), (1, 2, 4), (3, 1, 1)])
+def test_reads_are_clamped_and_single_entries_broadcast(sizes: tuple[int, int, int]) -> None:
+    table = torch.randn(sizes, generator=torch.Generator().manual_seed(1))
+    found = read_at(table, TABLE.indices, environment()).expand(1, 3, QUERIES, KEYS)
+    for h, i, j in ((0, 0, 0), (2, 4, 0), (1, 2, 6), (2, 0, 6), (0, 4, 5)):
+        wanted = (h, j % 6 // 2, i - j + KEYS - 1)
+        assert found[0, h, i, j] == table[tuple(min(place, size - 1) for place, size in zip(wanted, sizes, strict=True))]
+
+
+def test_a_quotient_by_a_length_is_exact() -> None:
+    """j / Nk is rounded, and floor(49 * (1 / 49)) is 0."""
+    numbers = torch.arange(200)
+    assert torch.equal(evaluate_expression(sympy.floor(J / NK), {"j": numbers, "Nk": 49}), numbers // 49)

@@ -16,12 +16,17 @@ from rewrite.ir import (
     Body,
     Exit,
     Fits,
+    H,
+    HeadMix,
     I,
     J,
     Pool,
     Program,
+    RewriteError,
     Site,
     TokenLayout,
+    W,
+    read,
     tensor,
 )
 from rewrite.ir.passes import is_causal
@@ -73,6 +78,41 @@ def test_sites_that_do_not_fit(fits: Fits, facts: dict[str, object], word: str) 
     assert reason is not None
     assert word in reason
     assert Fits().reason_against(site()) is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "word"),
+    [
+        ({"score_mix": HeadMix("mix")}, "mixes heads"),
+        ({"sink": sympy.Integer(0)}, "has sink logits"),
+        ({"normaliser": "sum"}, "is linear attention"),
+        ({"normaliser": "none"}, "has no normaliser"),
+        ({"weight": 2 * W}, "changes its weights"),
+        ({"renormalised": True}, "normalises its weights again"),
+    ],
+)
+def test_a_pass_takes_unusual_attention_only_where_it_says_so(parts: dict[str, object], word: str) -> None:
+    case = site()
+    case = case.with_operations(replace(case.attend, **parts))  # type: ignore[arg-type]
+    assert not case.is_plain
+    reason = Fits().reason_against(case)
+    assert reason is not None
+    assert word in reason
+    assert Fits(unusual=True).reason_against(case) is None
+
+
+def test_what_is_read_by_position_cannot_be_cut() -> None:
+    operands = {name: torch.randn(1, 1, 6, 3) for name in ("query", "key", "value")}
+    visual = torch.tensor([[False, True, False, False, False, False]])
+    for index, cut in ((sympy.floor(J / 2), False), (sympy.Integer(0), True)):
+        case = site(score=QK + read("table", H, index))
+        program = Program((case,), exits=(Exit(stack=0, layer=0, by="token_exit"),))
+        values = {**operands, "table": torch.randn(1, 3)}
+        if cut:
+            assert evaluate_site(program, case, values, visual)[0, :, 2:].isfinite().all()
+        else:
+            with pytest.raises(RewriteError, match=r"table\[h, floor\(j/2\)\] cannot be cut"):
+                evaluate_site(program, case, values, visual)
 
 
 def test_the_scale_is_the_factor_of_qk_in_any_spelling() -> None:
