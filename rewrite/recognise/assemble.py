@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy
@@ -10,7 +10,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from rewrite.ir.expression import QK, W, read
+from rewrite.ir.expression import QK, B, H, I, J, W, read
 from rewrite.ir.operations import Attend, HeadMix, Normaliser
 from rewrite.recognise.channels import runs_over_channels
 from rewrite.recognise.contraction import number
@@ -26,7 +26,7 @@ from rewrite.recognise.index_algebra import (
     size,
 )
 from rewrite.recognise.operators import canonical, exact, shape_of, value_of
-from rewrite.recognise.reading import Mixture, leaf_symbol
+from rewrite.recognise.reading import Mixture, Part, leaf_symbol
 from rewrite.recognise.region import Layout, Length, NearMissError, Operand, Region, layout_of, reading_layout, shape_in
 
 
@@ -44,6 +44,7 @@ class Form:
     score_mixture: Mixture | None = None
     weight_mixture: Mixture | None = None
     tensors: Mapping[str, tuple[fx.Node, Axes]] = field(default_factory=dict)
+    parts: Sequence[Part] = ()
     dropout: float = 0.0
 
 
@@ -91,8 +92,9 @@ def assemble(
     }
     operands = {name: Operand(node, layout_of(node, axes, groups[name])) for name, (node, axes) in located.items()}
     named: dict[str, Operand] = {}
-    replaced: dict[sympy.Symbol, sympy.Indexed] = {}
-    indices = {"b": batch, "h": heads, "i": rows, "j": columns}
+    indices: list[tuple[sympy.Expr, Axis]] = [(B, batch), (H, heads), (I, rows), (J, columns)]
+    replaced: dict[sympy.Symbol, sympy.Expr] = {part.position: _index_of(part.of, indices) for part in form.parts}
+    indices += [(replaced[part.position] - part.rows.start, part.axis) for part in form.parts]
     for name, (node, axes) in form.tensors.items():
         read_at, layout = reading_layout(node, axes, indices)
         label = ("mask" if value_of(node).dtype == torch.bool else "bias") + name.removeprefix("t")
@@ -115,6 +117,13 @@ def assemble(
         core=core, output=output, query=operands["query"], key=operands["key"], value=operands["value"], attend=attend, tensors=named,
         sizes=sizes, output_order=order, output_shape=shape, dropout=form.dropout, channels=channels,
     )  # fmt: skip
+
+
+def _index_of(axis: Axis, indices: list[tuple[sympy.Expr, Axis]]) -> sympy.Expr:
+    for index, group in indices:
+        if leaves(group) == leaves(axis):
+            return index
+    raise NearMissError("a part of an axis is written that is no index of the attention")
 
 
 def _head_mix(where: str, mixture: Mixture | None, heads: Axis, named: dict[str, Operand]) -> HeadMix | None:

@@ -5,6 +5,7 @@ the graph each write is, as far as can be shown to be safe, replaced by the oper
 
     x.mul_(y)               x.mul(y), where nobody else sees x's memory afterwards
     x[:, :, 0:] = value     value.clone(), likewise, where the index covers all of x
+    x[:, :, 1:] = value     assigned(x, (:, :, 1:), value), likewise
     x[:, 0:, :]             x itself
 
 What is left writes on: later readers of x read the operator that wrote (the same object), and `overwritten` says of a region whether a
@@ -25,6 +26,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from rewrite.recognise.assignment import assigned
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.region import Region
 from rewrite.recognise.regions import interior
@@ -64,7 +66,8 @@ def forwarded_writes(graph: fx.Graph) -> None:
         if node.target is operator.getitem:
             _whole_view(node)
         elif node.target is operator.setitem:
-            _whole_assignment(node, memory)
+            covers = isinstance(node.args[0], fx.Node) and _covers(node.args[1], value_of(node.args[0]))
+            (_whole_assignment if covers else _part_assignment)(node, memory)
         else:
             _in_place(node, memory)
 
@@ -87,7 +90,8 @@ def written_by(node: fx.Node) -> list[fx.Node]:
 
 def writes(node: fx.Node) -> bool:
     """True where removing the node would change more than the node: for `fx.Graph.eliminate_dead_code`, which keeps these."""
-    return node.is_impure() or bool(written_by(node))
+    opens_vmap = getattr(node.target, "__name__", "") in ("_vmap_increment_nesting", "_vmap_decrement_nesting")
+    return node.is_impure() or opens_vmap or bool(written_by(node))
 
 
 @dataclass(frozen=True)
@@ -235,10 +239,10 @@ def _promoted(tensor: torch.Tensor, other: Any) -> torch.dtype:
 
 def _whole_assignment(node: fx.Node, memory: _Memory) -> None:
     """x[...] = value over all of x: later readers of x read a copy of the value."""
-    tensor, index, value = node.args
+    tensor, _, value = node.args
     if not isinstance(tensor, fx.Node) or not isinstance(value, fx.Node) or not _alike(value_of(tensor), value_of(value)):
         return
-    if not _covers(index, value_of(tensor)) or not memory.only_seen_through(tensor, node):
+    if not memory.only_seen_through(tensor, node):
         return
     with node.graph.inserting_before(node):
         copied = node.graph.call_method("clone", (value,))
@@ -246,6 +250,28 @@ def _whole_assignment(node: fx.Node, memory: _Memory) -> None:
     memory.add(copied)
     _rename(tensor, copied, node)
     node.graph.erase_node(node)
+
+
+def _part_assignment(node: fx.Node, memory: _Memory) -> None:
+    """x[:, 1:] = value over a part of x that slices cut out: later readers of x read a new tensor."""
+    tensor, index, value = node.args
+    if not isinstance(tensor, fx.Node) or not isinstance(value, fx.Node) or not isinstance(value_of(value), torch.Tensor):
+        return
+    entries = index if isinstance(index, tuple) else (index,)
+    if not all(entry is Ellipsis or (isinstance(entry, slice) and _plain_slice(entry)) for entry in entries):
+        return
+    if value_of(value).dtype != value_of(tensor).dtype or not memory.only_seen_through(tensor, node):
+        return
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(assigned, (tensor, index, value))
+    made.meta = dict(node.meta) | {"example_value": value_of(tensor)}
+    memory.add(made)
+    _rename(tensor, made, node)
+    node.graph.erase_node(node)
+
+
+def _plain_slice(entry: slice) -> bool:
+    return all(part is None or isinstance(part, int) for part in (entry.start, entry.stop, entry.step))
 
 
 def _whole_view(node: fx.Node) -> None:

@@ -10,7 +10,7 @@ from torch import fx
 
 from rewrite.ir.expression import conjuncts, tensors_in
 from rewrite.ir.semantics import all_positions, evaluate_expression, positions, read_at
-from rewrite.recognise.operators import canonical, hint, value_of
+from rewrite.recognise.operators import canonical, hint, hinted_shape, value_of
 from rewrite.recognise.region import Region
 
 # A mask is made of positions, comparisons and lookups; a subgraph with one of these computes with activations and is no mask.
@@ -32,6 +32,8 @@ def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
         built = evaluate(operand.node, inputs) if name in axes else None
         if built is None:
             continue
+        if tuple(built.shape) != hinted_shape(operand.node):
+            return False  # a size that depends on data, which the region holds a stand-in for
         has_pairs |= built.ndim >= 2 and built.shape[-2:] == (n_queries, n_keys)
         values[name] = read_at(operand.layout.apply(built), axes[name], all_positions(sizes, built.device))
     if not has_pairs:

@@ -15,6 +15,8 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.nn import functional
 
+from rewrite.recognise.assignment import assigned
+
 # canonical name -> the functions that mean it (method names are matched by `_METHODS`).
 _FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "add": (torch.add, operator.add, operator.iadd),
@@ -58,6 +60,7 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "unsqueeze": (torch.unsqueeze,),
     "squeeze": (torch.squeeze,),
     "getitem": (operator.getitem,),
+    "assigned": (assigned,),
     "cat": (torch.cat, torch.concat, torch.concatenate),
     "masked_fill": (torch.masked_fill,),
     "where": (torch.where,),
@@ -105,7 +108,7 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "detach": ("detach",),
     "transpose": ("transpose", "swapaxes", "swapdims"),
     "permute": ("permute",),
-    "reshape": ("reshape", "view"),
+    "reshape": ("reshape", "view", "reshape_as", "view_as"),
     "flatten": ("flatten",),
     "unflatten": ("unflatten",),
     "unsqueeze": ("unsqueeze",),
@@ -191,6 +194,10 @@ def shape_of(node: fx.Node) -> tuple[Any, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+# What a size that depends on data is taken to be: larger than the axes that heads and windows have, and odd.
+_STAND_IN = 17
+
+
 class Extent(int):
     """The length of an axis as it was traced, and what it is exactly: an expression in the symbols of the trace."""
 
@@ -202,18 +209,19 @@ class Extent(int):
         return extent
 
 
-class UnknownSizeError(ValueError):
-    """A size that depends on data: the trace has no number for it."""
-
-
 def hint(size: Any) -> int:
-    """A size as a number: the one it was traced with where it is symbolic."""
-    if isinstance(size, torch.SymInt):
-        known = size.node.hint if not free_unbacked_symbols(size) else None
-        if known is None:
-            raise UnknownSizeError(f"the size {size} depends on data and has no traced value")
-        return int(known)
-    return int(size)
+    """A size as a number: the one it was traced with where it is symbolic, or a stand-in where it depends on data.
+
+    What is read at stand-ins holds at other sizes because lengths are compared exactly too (see `Extent`).
+    """
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    unbacked = free_unbacked_symbols(size)
+    if not unbacked:
+        return int(size.node.hint)
+    known = {symbol: _STAND_IN + 2 * number for number, symbol in enumerate(sorted(unbacked, key=str))}
+    rest = size.node.expr.subs(known)
+    return max(1, int(size.node.shape_env.size_hint(rest)))
 
 
 def exact(size: Any) -> sympy.Expr:

@@ -6,7 +6,7 @@ back to the normaliser. Everything else that is met is a leaf: a tensor that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from rewrite.ir.expression import W
 from rewrite.recognise.contraction import CONTRACTIONS, broadcast, contract, number
-from rewrite.recognise.index_algebra import Axes, Axis, MismatchError, back_through, fresh, leaves, unify
+from rewrite.recognise.index_algebra import Axes, Axis, MismatchError, back_through, fresh, leaves, size, unify
 from rewrite.recognise.operators import argument, canonical, hinted_shape, spelled, value_of
 from rewrite.recognise.region import NearMissError
 
@@ -43,7 +43,7 @@ _OPERATORS: Mapping[str, Callable[[sympy.Expr, sympy.Expr], sympy.Expr]] = {
 }
 _BOUNDS: Mapping[str, tuple[str, ...]] = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
 _CHOICES = frozenset({"masked_fill", "where"})
-_ELEMENTWISE = frozenset({*_FUNCTIONS, *_OPERATORS, *_BOUNDS, *_CHOICES})
+_ELEMENTWISE = frozenset({"assigned", *_FUNCTIONS, *_OPERATORS, *_BOUNDS, *_CHOICES})
 # A linear map of heads stands among elementwise operators where heads are mixed.
 _MIXES = frozenset({"linear", "conv"})
 
@@ -83,6 +83,20 @@ class Joined:
     scores: sympy.Expr
     sink: sympy.Expr
 
+    def rows(self, extent: int) -> range:
+        """The positions of the keys among all `extent` logits."""
+        return range(self.start, self.start + extent - 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A slice of an axis, as an index of its own: axis counts from rows.start on; position is written for the index `of`."""
+
+    of: Axis
+    axis: Axis
+    rows: range
+    position: sympy.Symbol
+
 
 @dataclass
 class ExpressionReader:
@@ -100,6 +114,7 @@ class ExpressionReader:
     joined: Joined | None = None
     mask: Boolean = sympy.true
     mixture: Mixture | None = None
+    parts: list[Part] = field(default_factory=list)
     renormalised: bool = False
     dropout: float = 0.0
     _depends: dict[fx.Node, bool] = field(default_factory=dict)
@@ -189,8 +204,10 @@ class ExpressionReader:
             return self._mixed(node, axes)
         if name == "cat":
             return self._with_sink(node, axes)
-        if name == "getitem" and self.joined is not None and not _only_adds_axes(node):
-            return self._without_sink(node, axes, self.joined)
+        if name == "assigned":
+            return self._assigned(node, axes)
+        if name == "getitem" and (taken := slices(node.args[1], hinted_shape(node.all_input_nodes[0]))) is not None:
+            return self._part(node, axes, taken)
         return self._viewed(node, axes)
 
     def _viewed(self, node: fx.Node, axes: Axes) -> sympy.Expr:
@@ -260,38 +277,65 @@ class ExpressionReader:
         self.joined = Joined(whole, keys, places[0], read, logit)
         return read
 
-    def _without_sink(self, node: fx.Node, axes: Axes, joined: Joined) -> sympy.Expr:
-        """weights[..., :-1]: the weights of the keys alone."""
-        source, index = node.args[0], node.args[1]
+    def _part(self, node: fx.Node, axes: Axes, taken: Sequence[range]) -> sympy.Expr:
+        """x[..., :-1], the weights of the keys alone; or x[:, 1:] inside of what is assigned to that part."""
+        source = node.args[0]
         assert isinstance(source, fx.Node)
-        shape = hinted_shape(source)
-        entries = list(index) if isinstance(index, tuple) else [index]
-        if Ellipsis in entries:
-            place = entries.index(Ellipsis)
-            entries[place : place + 1] = [slice(None)] * (len(shape) - len(entries) + 1)
-        entries += [slice(None)] * (len(shape) - len(entries))
         before: list[Axis] = []
-        for axis, entry, extent in zip(axes, entries, shape, strict=True):
-            taken = range(extent)[entry] if isinstance(entry, slice) and _has_numbers(entry) else range(0)
-            if len(taken) == extent:
+        for axis, rows, extent in zip(axes, taken, hinted_shape(source), strict=True):
+            if len(rows) == extent:
                 before.append(axis)
-            elif extent == joined_size(joined) and taken == range(joined.start, joined.start + extent - 1):
-                unify(joined.keys, axis)
-                before.append(joined.whole)
+            elif self.joined is not None and extent == size(leaves(self.joined.whole)) and rows == self.joined.rows(extent):
+                unify(self.joined.keys, axis)
+                before.append(self.joined.whole)
+            elif (part := next((part for part in self.parts if part.rows == rows and leaves(part.axis) == leaves(axis)), None)) is not None:
+                before.append(part.of)
             else:
-                raise NearMissError(f"{node.name} (getitem) takes a part of the attention map")
+                raise NearMissError(f"{node.name} (getitem) takes a part of the scores or of the map")
         return self._operand(source, tuple(before))
 
+    def _assigned(self, node: fx.Node, axes: Axes) -> sympy.Expr:
+        """x with a value at a part of it: one expression there, another elsewhere."""
+        target, index, value = node.args
+        assert isinstance(target, fx.Node)
+        shape = hinted_shape(target)
+        taken = slices(index, shape)
+        if taken is None:
+            raise NearMissError(f"{node.name} assigns to something else than slices")
+        inside: list[Axis] = []
+        holds: list[Boolean] = []
+        for axis, rows, extent in zip(axes, taken, shape, strict=True):
+            if len(rows) == extent:
+                inside.append(axis)
+                continue
+            part = Part(axis, fresh("part", len(rows)), rows, sympy.Symbol(f"p{len(self.parts)}", integer=True, nonnegative=True))
+            self.parts.append(part)
+            inside.append(part.axis)
+            holds += [part.position >= rows.start] if rows.start else []
+            holds += [part.position < rows.stop] if rows.stop != extent else []
+        elsewhere = self._operand(target, axes)
+        there = self._operand(value, tuple(inside))
+        more = sympy.expand_mul(there - elsewhere)
+        if not more.has(*self.expression.free_symbols):
+            return elsewhere + sympy.Piecewise((more, sympy.And(*holds)), (0, True))
+        return sympy.Piecewise((there, sympy.And(*holds)), (elsewhere, True))
 
-def joined_size(joined: Joined) -> int:
-    size = 1
-    for atom in leaves(joined.whole):
-        size *= atom.size
-    return size
+
+def slices(index: Any, shape: Sequence[int]) -> tuple[range, ...] | None:
+    """The positions that an index of slices takes of every axis; None for any other index, and for one that takes all."""
+    entries = list(index) if isinstance(index, tuple) else [index]
+    if Ellipsis in entries:
+        place = entries.index(Ellipsis)
+        entries[place : place + 1] = [slice(None)] * (len(shape) - len(entries) + 1)
+    entries += [slice(None)] * (len(shape) - len(entries))
+    if len(entries) != len(shape) or not all(isinstance(entry, slice) and _has_numbers(entry) for entry in entries):
+        return None
+    taken = tuple(range(extent)[entry] for entry, extent in zip(entries, shape, strict=True))
+    return None if all(len(rows) == extent for rows, extent in zip(taken, shape, strict=True)) else taken
 
 
 def _has_numbers(entry: slice) -> bool:
-    return all(part is None or isinstance(part, int) for part in (entry.start, entry.stop, entry.step))
+    return all(part is None or isinstance(part, int) for part in (entry.start, entry.stop)) and entry.step in (None, 1)
 
 
 def _only_adds_axes(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import sympy
@@ -172,8 +172,10 @@ def _permuted(axes: Axes, present: list[Axis]) -> Layout:
     return Layout(order=tuple(filled), appended=order.count(-1))
 
 
-def reading_layout(node: fx.Node, axes: Axes, groups: Mapping[str, Axis]) -> tuple[tuple[sympy.Expr, ...], Layout]:
+def reading_layout(node: fx.Node, axes: Axes, groups: Sequence[tuple[sympy.Expr, Axis]]) -> tuple[tuple[sympy.Expr, ...], Layout]:
     """For a tensor read inside an expression: the IR's indices that it has, and the layout that leaves just those axes.
+
+    groups: the indices that there are, each with its axis.
 
     A tensor that runs over a part of an index (rows of a grid of keys, say) is read at that part of it: floor(j / width). A single number
     keeps one axis, which broadcasts along the keys.
@@ -182,10 +184,10 @@ def reading_layout(node: fx.Node, axes: Axes, groups: Mapping[str, Axis]) -> tup
     held = {atom for axis in axes for atom in axis}
     indices: list[sympy.Expr] = []
     parts: list[Axis] = []
-    for letter, group in groups.items():
+    for index, group in groups:
         whole = leaves(group)
         for run in _runs(whole, held):
-            indices.append(_digit(INDICES[letter], whole, run))
+            indices.append(_digit(index, whole, run))
             parts.append(run)
     layout = layout_of(node, axes, tuple(parts))
     if indices:
@@ -205,7 +207,7 @@ def _runs(whole: Axis, held: set[Atom]) -> list[Axis]:
     return [tuple(run) for run in runs]
 
 
-def _digit(index: sympy.Symbol, whole: Axis, run: Axis) -> sympy.Expr:
+def _digit(index: sympy.Expr, whole: Axis, run: Axis) -> sympy.Expr:
     """The part of an index that a run of its atoms is: floor(index / what lies below) modulo its own size."""
     if run == whole:
         return index

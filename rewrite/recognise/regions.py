@@ -9,7 +9,7 @@ from torch import fx
 
 from rewrite.recognise.fused import fused_attention
 from rewrite.recognise.index_algebra import MismatchError
-from rewrite.recognise.operators import UnknownSizeError, canonical, module_path, spelled
+from rewrite.recognise.operators import canonical, module_path, spelled
 from rewrite.recognise.region import NearMissError, Region
 from rewrite.recognise.unnormalised import linear_attention, quadratic_attention
 from rewrite.recognise.written_out import contraction_after, normalised_weights, written_out_attention
@@ -40,7 +40,7 @@ def find_regions(graph: fx.Graph) -> tuple[list[Region], list[NearMiss]]:
                     regions.append(written_out_attention(weights, *found))
             elif not canonical(node) and node.op.startswith("call") and "attention" in spelled(node).lower():
                 raise NearMissError(f"{spelled(node)} is an attention call this does not read")
-        except (NearMissError, MismatchError, UnknownSizeError) as error:
+        except (NearMissError, MismatchError) as error:
             misses.append((product, NearMiss(node.name, module_path(node), str(error))))
     taken = {node for region in regions for node in interior(region)}
     for node in graph.nodes:
@@ -56,7 +56,7 @@ def _unnormalised(node: fx.Node) -> Region | None:
     """An attention without a softmax that ends at the node; two contractions in a row need not be one, and are no near miss."""
     try:
         return linear_attention(node) or quadratic_attention(node)
-    except (NearMissError, MismatchError, UnknownSizeError):
+    except (NearMissError, MismatchError):
         return None
 
 

@@ -12,6 +12,7 @@ from torch import fx
 from rewrite.ir.operations import Body
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site, TokenLayout
+from rewrite.recognise.composites import expand_composites
 from rewrite.recognise.functional import forwarded_writes, overwritten, remaining_writes
 from rewrite.recognise.masks import hides_later
 from rewrite.recognise.operators import hinted_shape, module_path
@@ -63,8 +64,11 @@ def recognise(
     has_visual_cache: whether a KV cache entry is known to hold visual tokens. proofs: results of earlier verifications, by structure.
     """
     proofs = {} if proofs is None else proofs
+    whole = expand_composites(graph, proofs)
     forwarded_writes(graph)
     regions, missed = find_regions(graph)
+    reasons = {node.name: reason for node, reason in whole}
+    missed = [replace(miss, reason=reasons.get(miss.node, miss.reason)) for miss in missed]
     writes = remaining_writes(graph)
     misses = [replace(miss, module=qualify(miss.module)) for miss in missed]
     recognition = Recognition(misses=misses)

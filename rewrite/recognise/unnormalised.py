@@ -1,7 +1,7 @@
 """Attention without a softmax: query @ (key^T @ value), and weights that are a function of the scores alone.
 
-Multiplied out, both are  sum_j s(q[i] . k[j]) v[j].  Where s is the identity a model contracts keys with values first, which is linear in the
-number of tokens (Katharopoulos et al. 2020): the first contraction then runs over tokens, the second over channels.
+Multiplied out, both are  sum_j s(q[i] . k[j]) v[j].  Where s is the identity a model contracts keys with values first, which is linear in
+the number of tokens (Katharopoulos et al. 2020): the first contraction then runs over tokens, the second over channels.
 """
 
 from __future__ import annotations

@@ -139,6 +139,7 @@ def _attention(weights: Weights, product: fx.Node, entering: fx.Node, first: fx.
         score_mixture=scores.mixture,
         weight_mixture=after.mixture,
         tensors=scores.leaves,
+        parts=(*scores.parts, *after.parts),
         dropout=after.dropout,
     )
     if after.mixture is not None and after.mixture.inner != W:
