@@ -11,14 +11,14 @@ from sympy.logic.boolalg import Boolean
 from rewrite.ir.expression import NK, NQ, QK, conjuncts
 from rewrite.ir.operations import Attend, Body, Operation, Parameter
 
-Kind = Literal["self", "cross"]
+Kind = Literal["self", "cross", "channel"]
 
 
 @dataclass(frozen=True)
 class TokenLayout:
     """How a site's query tokens lie.
 
-    grid: (H, W) or (T, H, W) of the stream that the tokens belong to, in raster order unless `raster` is False; None where none was found.
+    grid: (H, W) or (T, H, W) of the stream that the tokens belong to, in raster order; None where none was found.
     prefix: tokens in front of the grid (CLS, registers). visual: True where the sequence holds visual tokens among text, at positions known
     when the model runs.
     window: the part of the grid that attends to itself, where that is not all of it; the sequence is then one window. partition: whether
