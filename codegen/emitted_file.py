@@ -38,7 +38,8 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
     attend, groups = kernel.attend, kernel.attend.groups
     weight = "" if groups is None else "weight[g(j)] * "
     normaliser = {"softmax": "softmax_j", "sum": "divided_by_its_sum_j", "none": ""}[attend.normaliser]
-    normalised = f"{normaliser}(score over visible keys)[i,j]"
+    normalised = f"{normaliser}(score over visible keys{'' if attend.sink is None else ' and the sink'})[i,j]"
+    normalised = normalised if attend.weight == W else f"counts({normalised})"
     facts = {"score": str(attend.score), "visible": "every pair" if attend.mask == sympy.true else str(attend.mask)}
     facts |= {} if attend.sink is None else {"sink": f"{attend.sink}, the logit of a key without a value"}
     facts |= {} if not attend.epsilon else {"epsilon": f"{attend.epsilon!r}, added to the sum"}
@@ -77,7 +78,12 @@ def _launch(kernel: StreamingKernel) -> list[str]:
         '    """Run the kernel.',
         "",
         "    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] -> out [B, H, Nq, Dv], lse [B, H, Nq] float32.",
-        *textwrap.wrap(f"tensors, in this order, every axis full size or 1: {said}.", 130, initial_indent="    ", subsequent_indent="    "),
+        *textwrap.wrap(
+            f"tensors, in this order, axes b, h, i, j of that size or 1, others of any: {said}.",
+            130,
+            initial_indent="    ",
+            subsequent_indent="    ",
+        ),
         "    tile: a codegen.tiles.Tile; by default the one for the head dim.",
         '    """',
         "    check_launch(query, key, value)",

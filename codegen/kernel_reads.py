@@ -58,10 +58,12 @@ class KernelReads:
         return lines
 
     def load(self, name: str, part: Part) -> str:
+        """The text of a load: one line, or a line for each axis that has to be clamped."""
         operand, indices = self.ids[name], self.tensors[name]
         plain = letters(indices)
         if plain is None:
-            return f"tl.load({' + '.join([operand, *(self._term(operand, place, part) for place in enumerate(indices))])})"
+            terms_ = (self._term(operand, place, part) for place in enumerate(indices))
+            return "\n".join(["tl.load(", f"    {operand}", *(f"    + {term}" for term in terms_), ")"])
         across, along = ("[:, None]" if part in ("tile", "rows") else ""), ("[None, :]" if part == "tile" else "")
         terms = {
             "b": f"b * {operand}_stride_b",
@@ -89,12 +91,15 @@ class KernelReads:
     def outside_loop(self, part: Part, *expressions: sympy.Basic) -> list[str]:
         """Loads of what does not change with j, for the expressions that read it."""
         names = [name for name in tensors_in(*expressions) if not self._by_key(name)]
-        return [f"    {self.ids[name]}_{part} = {self.load(name, part)}{self.cast(name)}" for name in names]
+        return [f"    {line}" for name in names for line in self._assigned(name, part)]
 
     def inside_loop(self, *expressions: sympy.Basic) -> list[str]:
         """Loads of what changes with j."""
         names = [name for name in tensors_in(*expressions) if self._by_key(name)]
-        return [f"{self.ids[name]}_tile = {self.load(name, 'tile')}{self.cast(name)}" for name in names]
+        return [line for name in names for line in self._assigned(name, "tile")]
+
+    def _assigned(self, name: str, part: Part) -> list[str]:
+        return f"{self.ids[name]}_{part} = {self.load(name, part)}{self.cast(name)}".splitlines()
 
     @cached_property
     def inside_names(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from sympy.logic.boolalg import Boolean
 
 from codegen.kernel_reads import KernelReads
 from codegen.triton_printer import triton_text
-from codegen.weight_form import split_visits, weight_factor
+from codegen.weight_form import split_visits
 from rewrite.ir.expression import QK, W, conjuncts
 from rewrite.ir.operations import Attend
 
@@ -68,12 +68,10 @@ def weight_lines(attend: Attend) -> list[str]:
 
 
 def factor_lines(attend: Attend, reads: KernelReads) -> list[str]:
-    factor = weight_factor(attend.weight)
-    if attend.weight == W or factor is None:
+    if attend.weight == W:
         return []
-    text = triton_text(factor, reads.inside_names)
     # Past the last key a factor is made of whatever its tensors read as there.
-    return [f"weight = tl.where(weight != 0, weight * ({text}), 0.0)"]
+    return [f"weight = tl.where(weight != 0, {triton_text(attend.weight, reads.inside_names)}, 0.0)"]
 
 
 def accumulate(rescaled: bool) -> str:
