@@ -14,7 +14,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import BooleanFalse, BooleanTrue
 
-from rewrite.ir.expression import Indices, letters
+from rewrite.ir.expression import B, H, I, Indices, letters
 
 Value = Any  # a tensor, or a Python number where an expression is constant
 
@@ -149,13 +149,25 @@ def aligned(tensor: torch.Tensor, axes: str) -> torch.Tensor:
 def read_at(tensor: torch.Tensor, indices: Indices, values: Mapping[str, Value]) -> torch.Tensor:
     """A tensor read at its indices, as one that broadcasts against [B, H, Nq, Nk].
 
-    values: of b, h, i, j, Nq and Nk, as far as the indices need them. An index outside its axis is clamped to it, so that an axis of
-    size 1 is read at 0.
+    values: of b, h, i, j, Nq and Nk, as far as the indices need them. Read at letters in order, axes are of the letters' sizes or 1. At
+    any other indices, one outside its axis is clamped to it, so that an axis of size 1 is read at 0.
     """
     plain = letters(indices)
     if plain is not None:
         return aligned(tensor, plain)
-    return tensor[places_of(tensor.shape, indices, values, tensor.device)]
+    places = places_of(tensor.shape, indices, values, tensor.device)
+    # Axes read at b, h and i are cut to what is there; the others become one, gathered from for every pair: one lookup each, not four.
+    kept = {axis: indices.index(axis) for axis in (B, H, I) if axis in indices}
+    rest = [axis for axis in range(tensor.dim()) if axis not in kept.values()]
+    flat = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=tensor.device)
+    for axis in rest:
+        flat = flat * tensor.shape[axis] + places[axis]
+    source = tensor.permute(*kept.values(), *rest).flatten(len(kept)) if rest else tensor.permute(*kept.values()).unsqueeze(-1)
+    for dim, axis in reversed(list(enumerate(kept.values()))):
+        source = source.index_select(dim, places[axis].flatten())
+    source = source.view(*(source.shape[list(kept).index(axis)] if axis in kept else 1 for axis in (B, H, I)), -1)
+    sizes = [max(have, wanted) if 0 not in (have, wanted) else 0 for have, wanted in zip(source.shape[:3], flat.shape[:3], strict=True)]
+    return source.expand(*sizes, -1).gather(3, flat.expand(*sizes, -1))
 
 
 def places_of(shape: Sequence[int], indices: Indices, values: Mapping[str, Value], device: torch.device) -> tuple[torch.Tensor, ...]:

@@ -7,7 +7,8 @@ A site's arithmetic is sympy over a closed vocabulary, so that one printer per t
     Nq, Nk        numbers of queries and keys (known when the kernel is launched)
     name[...]     a tensor operand, read at some of b, h, i, j in that order, or at integer expressions in them, one per axis:
                   rel_h[b,h,i,floor(j/14)] reads a position table by the row of the key. An axis of size 1 is read at 0 whatever its
-                  index, and an index outside an axis is clamped to it (reads that must not happen are guarded by a Piecewise).
+                  index; the others are of their letters' sizes where all indices are letters in order, and else an index outside an
+                  axis is clamped to it (reads that must not happen are guarded by a Piecewise).
     w             inside `Attend.weight` only: the normalised weight of (b, h, i, j)
     mass_<group>  inside `Groups.weights` only: the softmax mass of that group of keys for (b, h, i), summing to one over groups
 

@@ -221,3 +221,22 @@ def test_a_quotient_by_a_length_is_exact() -> None:
     """j / Nk is rounded, and floor(49 * (1 / 49)) is 0."""
     numbers = torch.arange(200)
     assert torch.equal(evaluate_expression(sympy.floor(J / NK), {"j": numbers, "Nk": 49}), numbers // 49)
+
+
+@pytest.mark.parametrize(
+    ("indices", "shape"),
+    [
+        ((B, H, I, sympy.floor(J / 2)), (2, 3, QUERIES, 4)),
+        ((sympy.floor(J / 2), I, H), (4, QUERIES, 3)),
+        ((J, I), (KEYS, QUERIES)),
+        ((I, I), (QUERIES, QUERIES)),
+        ((H, sympy.floor(I / 2), B, sympy.Mod(J, 3)), (2, 2, 1, 3)),
+        ((sympy.Integer(2), NK - 1), (4, 9)),
+    ],
+)
+def test_reads_at_any_order_of_indices(indices: tuple[sympy.Expr, ...], shape: tuple[int, ...]) -> None:
+    table = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    found = read_at(table, indices, environment()).expand(2, 3, QUERIES, KEYS)
+    for b, h, i, j in ((0, 0, 0, 0), (1, 2, 4, 6), (1, 1, 3, 2), (0, 2, 1, 5)):
+        places = [int(index.subs({B: b, H: h, I: i, J: j, NK: KEYS})) for index in map(sympy.sympify, indices)]
+        assert found[b, h, i, j] == table[tuple(min(place, size - 1) for place, size in zip(places, shape, strict=True))]
