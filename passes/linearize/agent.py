@@ -81,6 +81,9 @@ class Agent(Pass):
         if not site.is_plain:
             yield f"an earlier pass changed it: it is made of {len(site.body.operations)} operations"
             return
+        if site.layout.partial is not None:
+            yield site.layout.partial
+            return
         queries, keys, grid, score = site.dims["Nq"], site.dims["Nk"], site.layout.grid, site.attend.score
         extra = [name for name in site.attend.tensors() if name not in ("query", "key", "value")]
         if site.attend.mask != True:  # noqa: E712  (sympy.true equals True and is not it)

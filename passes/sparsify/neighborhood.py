@@ -71,6 +71,9 @@ class Neighborhood(Pass):
             yield reason
         if len(site.body.attends()) != 1:
             yield f"an earlier pass made {len(site.body.attends())} attentions of it"
+        if site.layout.partial is not None:
+            yield site.layout.partial
+            return
         queries, keys, prefix, grid = site.dims["Nq"], site.dims["Nk"], site.layout.prefix, site.layout.grid
         causal = is_causal(site)
         if not causal and site.cached:

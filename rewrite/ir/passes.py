@@ -54,6 +54,7 @@ class Fits:
             (self.causal is True and not is_causal(site), "it is not causal"),
             (self.causal is False and is_causal(site), "it is causal, and the method is defined for non-causal attention"),
             (self.grid and (site.layout.grid is None or len(site.layout.grid) != 2), "its tokens lie on no grid that was found"),
+            (self.grid and site.layout.partial is not None, f"{site.layout.partial}"),
             (self.visual and not site.layout.visual, "no visual tokens were found among its keys"),
             (self.hidden and "hidden" not in site.operands, "the hidden states that enter its layer were not found"),
             (not self.cached and site.cached, "it reads a KV cache"),

@@ -18,9 +18,9 @@ Kind = Literal["self", "cross", "channel"]
 class TokenLayout:
     """How a site's query tokens lie.
 
-    grid: (H, W) or (T, H, W) of the stream that the tokens belong to, in raster order; None where none was found.
-    prefix: tokens in front of the grid (CLS, registers). visual: True where the sequence holds visual tokens among text, at positions known
-    when the model runs.
+    grid: (H, W) or (T, H, W) of the stream that the tokens belong to; None where none was found. raster: they are in row-major order.
+    prefix, suffix: tokens in front of the grid (CLS, registers), and behind it.
+    visual: True where the sequence holds visual tokens among text, at positions known when the model runs.
     window: the part of the grid that attends to itself, where that is not all of it; the sequence is then one window. partition: whether
     windows are contiguous, or take every n-th position of the grid (a "grid"). shifted: the grid was rolled before it was cut.
     """
@@ -31,20 +31,26 @@ class TokenLayout:
     window: tuple[int, ...] | None = None
     partition: Literal["window", "grid"] = "window"
     shifted: bool = False
+    suffix: int = 0
+    raster: bool = True
 
     @property
     def partial(self) -> str | None:
-        """Why a site's sequence is not the whole grid, in words; None where it is, or where no grid is known."""
-        if self.window is None:
-            return None
-        return f"it attends in {'dilated ' if self.partition == 'grid' else ''}windows of {_by(self.window)}"
+        """Why a site's sequence is not a prefix and the whole grid in order, in words; None where it is, or where no grid is known."""
+        if self.window is not None:
+            return f"it attends in {'dilated ' if self.partition == 'grid' else ''}windows of {_by(self.window)}"
+        if not self.raster:
+            return f"the tokens of its grid {_by(self.grid or ())} are not in row-major order"
+        return f"{self.suffix} tokens follow its grid" if self.suffix else None
 
     def __str__(self) -> str:
         parts = [f"{self.prefix} prefix" if self.prefix else None, f"grid {_by(self.grid)}" if self.grid else None]
+        parts += [f"{self.suffix} behind"] if self.suffix else []
         text = " + ".join(part for part in parts if part) or ("text with visual tokens" if self.visual else "sequence")
         kind = "dilated windows" if self.partition == "grid" else "windows"
-        cut = [f"{kind} {_by(self.window)}" if self.window else None, "shifted" if self.shifted else None]
-        return ", ".join(part for part in (text, *cut) if part)
+        cut = [f"{kind} {_by(self.window)}"] if self.window else []
+        cut += ["shifted"] * self.shifted + ["reordered"] * (not self.raster)
+        return ", ".join((text, *cut))
 
 
 def _by(sizes: tuple[int, ...]) -> str:

@@ -64,11 +64,11 @@ def recognise(
     has_visual_cache: whether a KV cache entry is known to hold visual tokens. proofs: results of earlier verifications, by structure.
     """
     proofs = {} if proofs is None else proofs
-    whole = expand_composites(graph, proofs)
+    composed = [NearMiss(node.name, module_path(node), reason) for node, reason in expand_composites(graph, proofs)]
     forwarded_writes(graph)
-    regions, missed = find_regions(graph)
-    reasons = {node.name: reason for node, reason in whole}
-    missed = [replace(miss, reason=reasons.get(miss.node, miss.reason)) for miss in missed]
+    regions, found = find_regions(graph)
+    told = {miss.node for miss in composed}
+    missed = (*composed, *(miss for miss in found if miss.node not in told))
     writes = remaining_writes(graph)
     misses = [replace(miss, module=qualify(miss.module)) for miss in missed]
     recognition = Recognition(misses=misses)
@@ -148,8 +148,6 @@ def _place(
         if visual:
             operands.append("visual")
     lies = layouts.of_operand(region.query.node, region.query.layout.steps(), axis=2)
-    # Tokens behind the grid are no part of what a pass knows of a layout; such a site is a plain sequence to it.
-    known = None if lies is None or lies.suffix else lies
     site = Site(
         name=name,
         layer=layer,
@@ -158,7 +156,7 @@ def _place(
         kind="channel" if region.channels else "cross" if source is None else "self",
         body=Body((region.attend,)),
         dims=dims,
-        layout=_site_layout(known, visual),
+        layout=_site_layout(lies, visual),
         operands=tuple(operands),
         cached=bool(cache),
         dropout=region.dropout,
@@ -171,4 +169,4 @@ def _place(
 def _site_layout(lies: tokens.TokenLayout | None, visual: bool) -> TokenLayout:
     if lies is None:
         return TokenLayout(visual=visual)
-    return TokenLayout(lies.grid, lies.prefix, visual, lies.window, lies.partition, lies.shifted)
+    return TokenLayout(lies.grid, lies.prefix, visual, lies.window, lies.partition, lies.shifted, lies.suffix, lies.raster)

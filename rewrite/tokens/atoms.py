@@ -115,9 +115,9 @@ def put(axis: Axis, line: Place) -> None:
 def split(atom: Atom, outer: int) -> tuple[Atom, Atom]:
     """An atom cut into (outer, the rest)."""
     inner = atom.size // outer
+    if atom.place is not None:  # it stays whole: another view may cut it elsewhere
+        return Atom(outer, replace(atom.place, stride=atom.place.stride * inner)), Atom(inner, atom.place)
     slow, fast = Atom(outer, outer=atom.outer), Atom(inner, outer=atom.outer)
-    if atom.place is not None:
-        slow.place, fast.place = replace(atom.place, stride=atom.place.stride * inner), atom.place
     atom.parts = [slow, fast]
     return slow, fast
 
@@ -153,10 +153,15 @@ def regroup(axes: Axes, before: Sequence[int], after: Sequence[int]) -> Axes:
         return tuple(fresh(size) for size in after)
     result: list[Axis] = [()] * len(after)
     for ins, outs in _aligned(before, after):
-        pieces = _regrouped([atom for i in ins for atom in leaves(axes[i])], [after[j] for j in outs])
+        pieces = _regrouped(_whole(tuple(atom for i in ins for atom in axes[i])), [after[j] for j in outs])
         for j, axis in zip(outs, pieces or [fresh(after[j]) for j in outs], strict=True):
             result[j] = axis
     return tuple(result)
+
+
+def _whole(axis: Axis) -> list[Atom]:
+    """The atoms of an axis, neighbouring parts of one grid axis as one."""
+    return [Atom(*entry) if isinstance(entry, tuple) else entry for entry in merged(axis)]
 
 
 def _regrouped(queue: list[Atom], shape: list[int]) -> list[Axis] | None:
@@ -196,7 +201,7 @@ def _regrouped(queue: list[Atom], shape: list[int]) -> list[Axis] | None:
 
 def unify(one: Axis, other: Axis) -> None:
     """Two axes run over the same tokens: what is known of either is known of both. Where they contradict, nothing is learned."""
-    left, right = list(leaves(one)), list(leaves(other))
+    left, right = _whole(one), _whole(other)
     if size_of(tuple(left)) != size_of(tuple(right)):
         return
     while left and right:

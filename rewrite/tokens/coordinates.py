@@ -100,9 +100,9 @@ class Coordinates:
 
     def _lost(self, flow: Flow, axes: Axes) -> list[Atom]:
         """The parts of a grid's axes that are computed over."""
-        left = {atom for axis in axes for atom in leaves(axis)}
+        left = {atom.place for axis in axes for atom in leaves(axis)}
         gone = [axis for operand in flow.operands for label, axis in self._labelled(operand) if label in flow.reduced]
-        return [atom for axis in gone for atom in leaves(axis) if atom.place is not None and atom not in left]
+        return [atom for axis in gone for atom in leaves(axis) if atom.place is not None and atom.place not in left]
 
     def _find_frames(self, flow: Flow) -> None:
         """Pictures of the batch that an attention runs over are frames: its queries and keys are the same tokens, of a grid."""

@@ -31,7 +31,7 @@ class TokenLayout:
 
     window: the part of the grid, padded perhaps, that is on the axis, the rest being in the batch; None where it is the grid itself.
     partition: windows are contiguous, or each takes every n-th position (a "grid", dilated). shifted: the grid was rolled before it was
-    cut. Positions in another order than row by row are no layout.
+    cut. raster: its positions on the axis are in row-major order.
     """
 
     grid: Grid
@@ -40,6 +40,7 @@ class TokenLayout:
     window: Grid | None = None
     partition: Partition = "window"
     shifted: bool = False
+    raster: bool = True
 
     @property
     def patches(self) -> int:
@@ -92,7 +93,7 @@ class TokenLayouts:
             if axes is None or len(axes) != 3:
                 continue
             found = [(axis, layout) for axis in range(3) if (layout := _layout(axes, extents(node), axis)) is not None]
-            whole = [(axis, layout) for axis, layout in found if layout.window is None]
+            whole = [(axis, layout) for axis, layout in found if layout.window is None and layout.raster]
             if len(whole) == 1:
                 axis, layout = whole[0]
                 conv = _source(axes[axis], extents(node)[axis])
@@ -117,7 +118,7 @@ def layout_of(node: fx.Node) -> tuple[Grid, int] | None:
     Each call reads the whole graph once; for many nodes of one graph, ask one `TokenLayouts`.
     """
     layout = TokenLayouts(node.graph).of(node)
-    plain = layout is not None and layout.window is None and not layout.suffix
+    plain = layout is not None and layout.window is None and layout.raster and not layout.suffix
     return (layout.grid, layout.prefix) if layout is not None and plain else None
 
 
@@ -175,9 +176,12 @@ def _layout(axes: Axes, sizes: Sequence[int], axis: int) -> TokenLayout | None:
     prefix, suffix = sum(size for size, _ in pieces[: at[0]]), sum(size for size, _ in pieces[at[0] + 1 :])
     inside = merged(pieces[at[0]][1])
     parts = [entry for entry in inside if isinstance(entry, tuple)]
+    lines = {place.axis: place.line for _, place in parts}
     others = [entry for i, other in enumerate(axes) if i != axis for entry in merged(other) if isinstance(entry, tuple)]
-    lines = {place.axis: place.line for _, place in others + parts}
-    if len(parts) != len(inside) or not {-1, -2} <= lines.keys() or any(place.line != lines[place.axis] for _, place in others):
+    # A picture may be repeated along the windows of another: the batch then says nothing of its own grid.
+    others = [(size, place) for size, place in others if lines.setdefault(place.axis, place.line) == place.line]
+    one_grid = all(place.line == lines[place.axis] for _, place in parts)
+    if not one_grid or len(parts) != len(inside) or not {-1, -2} <= lines.keys():
         return None
     order = sorted(lines)
     if not all(_covered([entry for entry in parts + others if entry[1].axis == a], lines[a].length) for a in order):
@@ -187,8 +191,6 @@ def _layout(axes: Axes, sizes: Sequence[int], axis: int) -> TokenLayout | None:
     grid = tuple(lines[a].length - lines[a].before - lines[a].after for a in order)
     shifted = any(line.shift for line in lines.values())
     laid = [place.axis for _, place in parts]
-    if laid != sorted(set(laid)):
-        return None
     return TokenLayout(
         grid=grid,
         prefix=prefix,
@@ -196,6 +198,7 @@ def _layout(axes: Axes, sizes: Sequence[int], axis: int) -> TokenLayout | None:
         window=None if window == lengths == grid and not shifted else window,
         partition=_partition(parts),
         shifted=shifted,
+        raster=laid == sorted(set(laid)),
     )
 
 

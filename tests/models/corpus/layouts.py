@@ -19,11 +19,11 @@ def stated(group: Sites) -> Facts:
     return group.grid, group.prefix if group.grid else 0, None if group.window == group.grid else group.window
 
 
-def read(site: Site) -> Facts:
-    """The same of a recognised site. Tokens that lie apart by a stride are no local part of a grid, so no window to the tables."""
+def readings(site: Site) -> tuple[Facts, ...]:
+    """The same of a recognised site. Tokens that lie apart by a stride are a dilated window to some tables, to others no local part."""
     layout = site.layout
-    window = None if layout.partition == "grid" or layout.window == layout.grid else layout.window
-    return layout.grid, layout.prefix, window
+    windows = (None,) if layout.window == layout.grid else (layout.window, None) if layout.partition == "grid" else (layout.window,)
+    return tuple((layout.grid, layout.prefix, window) for window in windows)
 
 
 def layout_differences(entry: Entry, recognition: Recognition) -> list[str]:
@@ -42,14 +42,14 @@ def layout_differences(entry: Entry, recognition: Recognition) -> list[str]:
         site = found.site
         problem = (site.dims["Nq"], site.dims["Nk"], site.dims["H"])
         problem = problem if problem in wanted else (*problem[:2], 0)
-        facts = read(site)
         if problem not in wanted:
             differences.append(f"{site.name}: no site of {_told(problem)} is in the table")
-        elif wanted[problem][facts] > 0:
-            wanted[problem][facts] -= 1
+        elif right := [facts for facts in readings(site) if wanted[problem][facts] > 0]:
+            wanted[problem][right[0]] -= 1
         else:
             left = [told for told, count in wanted[problem].items() if count > 0]
-            differences.append(f"{site.name}: {_told(problem)} lies on {_facts(facts)}, the table has {' or '.join(map(_facts, left))}")
+            said = f"{_told(problem)} lies on {_facts(readings(site)[0])}"
+            differences.append(f"{site.name}: {said}, the table has {' or '.join(map(_facts, left))}")
     return differences
 
 
