@@ -11,6 +11,7 @@ from tests.models.corpus.entry import Entry, Sites
 
 # queries, keys, heads of one attention, and what is said of its tokens: grid, prefix, window
 Problem = tuple[int, int, int]
+ANY = 0  # heads
 Facts = tuple[tuple[int, ...] | None, int, tuple[int, ...] | None]
 
 
@@ -34,29 +35,24 @@ def layout_differences(entry: Entry, recognition: Recognition) -> list[str]:
     """
     wanted: dict[Problem, Counter[Facts]] = {}
     for group in entry.sites:
-        if group.kind != "linear":
-            for heads in (group.heads, 0):
-                wanted.setdefault((group.queries, group.keys, heads), Counter())[stated(group)] += group.count
+        for heads in (group.heads, ANY):
+            wanted.setdefault((group.queries, group.keys, heads), Counter())[stated(group)] += group.count
     differences: list[str] = []
     for found in recognition.found:
         site = found.site
-        problem = (site.dims["Nq"], site.dims["Nk"], site.dims["H"])
-        problem = problem if problem in wanted else (*problem[:2], 0)
-        if problem not in wanted:
-            differences.append(f"{site.name}: no site of {_told(problem)} is in the table")
-        elif right := [facts for facts in readings(site) if wanted[problem][facts] > 0]:
-            wanted[problem][right[0]] -= 1
-        else:
-            left = [told for told, count in wanted[problem].items() if count > 0]
-            said = f"{_told(problem)} lies on {_facts(readings(site)[0])}"
-            differences.append(f"{site.name}: {said}, the table has {' or '.join(map(_facts, left))}")
+        queries, keys = site.dims["Nq"], site.dims["Nk"]
+        problems = [p for p in ((queries, keys, site.dims["H"]), (queries, keys, ANY)) if p in wanted]
+        right = [(problem, facts) for problem in problems for facts in readings(site) if wanted[problem][facts] > 0]
+        if right:
+            problem, facts = right[0]
+            wanted[problem][facts] -= 1
+            continue
+        said = f"{queries} queries, {keys} keys, {site.dims['H']} heads on {_told(readings(site)[0])}"
+        left = [_told(facts) for problem in problems[:1] for facts, count in wanted[problem].items() if count > 0]
+        differences.append(f"{site.name}: {said}, the table has {' or '.join(left) or 'none such'}")
     return differences
 
 
-def _told(problem: Problem) -> str:
-    return "{} queries, {} keys, {} heads".format(*problem).replace(", 0 heads", "")
-
-
-def _facts(facts: Any) -> str:
+def _told(facts: Any) -> str:
     grid, prefix, window = facts
     return f"grid {grid}, prefix {prefix}, window {window}"
