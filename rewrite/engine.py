@@ -11,11 +11,16 @@ import torch
 from torch import fx
 
 import codegen
+from rewrite.breaks import Break, break_of
+from rewrite.carried import Carried, continue_stacks, hand_over, leaving, missing, receive
 from rewrite.cost import GraphCost, graph_cost
 from rewrite.ir.passes import Pass
 from rewrite.ir.program import Program
 from rewrite.lower.program import Allowed, Extra, Produced, ProgramLowering
+from rewrite.names import Names
 from rewrite.notes import Note
+from rewrite.recognise.flex import is_flex_attention
+from rewrite.recognise.functional import writes
 from rewrite.recognise.operators import module_path
 from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.sites import Recognition, recognise
@@ -28,7 +33,8 @@ class Record:
     """What happened to one graph, for the report.
 
     lowered: names of the sites whose body was replaced. gone: by stack, how many tokens of each row leave it.
-    merges: visual tokens join a text in this graph.
+    merges: visual tokens join a text in this graph. ended: the break that ended it. cut: by name of a site, what it cannot know because of
+    an earlier break. again: the graph was captured for another module before.
     """
 
     program: Program
@@ -41,31 +47,51 @@ class Record:
     lowered: frozenset[str] = frozenset()
     gone: Mapping[int, int] = field(default_factory=dict)
     merges: bool = False
+    ended: Break | None = None
+    cut: Mapping[str, str] = field(default_factory=dict)
+    again: bool = False
+
+
+@dataclass
+class Known:
+    """What a call knows of a graph's inputs, by position.
+
+    notes: of cache entries. carried: of activations that an earlier graph made. behind: inputs that lie behind a break and nothing is known
+    of, with the break in words. base: the module that the graph runs for, where that is known.
+    """
+
+    notes: Mapping[int, Note] = field(default_factory=dict)
+    carried: Mapping[int, Carried] = field(default_factory=dict)
+    behind: Mapping[int, str] = field(default_factory=dict)
+    base: str | None = None
 
 
 @dataclass
 class RewrittenGraph:
-    """A rewritten graph and how it is called."""
+    """A rewritten graph and how it is called. layers: by output, the sites of its stack that lie behind it."""
 
     module: fx.GraphModule
     extras: list[Extra]
     produced: list[Produced]
     record: Record
     changed: bool
+    layers: Mapping[int, tuple[str, ...]]
 
 
 @dataclass
 class Rewriter:
     """Rewrites graphs for one pass list.
 
-    passes: in running order. qualify: module path in a graph -> qualified name in the model. proofs: results of verification by
-    structure, shared between graphs. allowed: what the rewritten graphs may ask for.
+    passes: in running order. names: what module paths in a graph mean in the model, where there is one. proofs: results of verification by
+    structure, shared between graphs. allowed: what the rewritten graphs may ask for. depths: how many layers the stack of a site has, by
+    name, where it goes on over several graphs.
     """
 
     passes: tuple[Pass, ...]
-    qualify: Callable[[str], str] = lambda path: path
+    names: Names | None = None
     proofs: dict[str, str | None] = field(default_factory=dict)
     allowed: Allowed = field(default_factory=Allowed)
+    depths: dict[str, int] = field(default_factory=dict)
 
     def plan(self, recognition: Recognition) -> Program:
         """The recognised program after every pass."""
@@ -74,33 +100,37 @@ class Rewriter:
             program = one.apply(program)
         return program
 
-    def rewrite(self, graph_module: fx.GraphModule, inputs: Sequence[Any], notes: Mapping[int, Note]) -> RewrittenGraph:
-        """One graph rewritten. `inputs` are what it was traced with; `notes` those of cache entries among them, by position."""
+    def rewrite(self, graph_module: fx.GraphModule, inputs: Sequence[Any], known: Known) -> RewrittenGraph:
+        """One graph rewritten. `inputs` are what it was traced with."""
+        notes = known.notes
+        qualify = self.names.qualify(known.base) if self.names is not None else str
         module = copy_graph(graph_module)
         graph = module.graph
         placeholders = [node for node in graph.nodes if node.op == "placeholder"]
         noted = {placeholders[index] for index in notes}
         visual_caches = {placeholders[index] for index, note in notes.items() if note.positions is not None or note.groups is not None}
-        recognition = recognise(
-            graph,
-            dict(zip(placeholders, inputs, strict=True)),
-            self.qualify,
-            lambda node: node in visual_caches,
-            self.proofs,
-        )
+        carried = {placeholders[index]: one for index, one in known.carried.items()}
+        extras = receive(graph, placeholders, known.carried)
+        values = dict(zip(placeholders, inputs, strict=True))
+        recognition = recognise(graph, values, qualify, lambda node: node in visual_caches, self.proofs)
+        continue_stacks(recognition, carried, self.depths)
+        behind = {placeholders[index]: told for index, told in known.behind.items()}
+        cut = {entry.site.name: told for entry in recognition.found if (told := missing(entry, behind))}
+        left = leaving(graph, recognition, carried) if self.allowed.notes else []
         program = self.plan(recognition)
         before = graph_cost(graph, {})
         patches = patch_grid(graph)
-        work = ProgramLowering(self.allowed, module, placeholders, notes, recognition, program)
+        work = ProgramLowering(self.allowed, module, placeholders, notes, recognition, program, extras)
         changed = work.run() if program.touched or noted else False
-        if changed:
-            graph.eliminate_dead_code()
+        produced = work.produced + hand_over(graph, left)
+        if changed or extras or produced:
+            graph.eliminate_dead_code(is_impure_node=writes)
             graph.lint()
             module.recompile()
         record = Record(
             program=program,
             recognition=recognition,
-            misses=recognition.misses + self._enclosed(module),
+            misses=recognition.misses + self._enclosed(module, qualify),
             patches=patches,
             before=before,
             after=graph_cost(graph, work.shapes) if changed else before,
@@ -108,20 +138,22 @@ class Rewriter:
             lowered=frozenset(work.lowered),
             gone=work.gone,
             merges=bool(visual_merges(graph_module.graph)),
+            ended=break_of(getattr(graph_module, "compile_subgraph_reason", None)),
+            cut=cut,
         )
-        return RewrittenGraph(module, work.extras, work.produced, record, changed)
+        return RewrittenGraph(module, work.extras, produced, record, changed, {one.output: one.layers for one in left})
 
-    def _enclosed(self, module: fx.GraphModule) -> list[NearMiss]:
+    def _enclosed(self, module: fx.GraphModule, qualify: Callable[[str], str]) -> list[NearMiss]:
         """Attention in a body that an operator of the graph runs by itself, as gradient checkpointing does; it is left alone."""
         misses: list[NearMiss] = []
         for node in module.graph.nodes:
-            if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            if not isinstance(node.target, torch._ops.HigherOrderOperator) or is_flex_attention(node):
                 continue
             for name in (argument.target for argument in node.all_input_nodes if argument.op == "get_attr"):
                 body = getattr(module, name, None)
                 regions, missed = find_regions(body.graph) if isinstance(body, fx.GraphModule) else ([], [])
                 reason = f"it runs inside {node.target.__name__}, whose body is not rewritten; switch gradient checkpointing off"
-                paths = [self.qualify(module_path(region.core)) for region in regions] + [self.qualify(miss.module) for miss in missed]
+                paths = [qualify(module_path(region.core)) for region in regions] + [qualify(miss.module) for miss in missed]
                 misses += [NearMiss(node.name, path, reason) for path in paths]
         return misses
 

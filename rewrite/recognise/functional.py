@@ -56,6 +56,10 @@ _FLOATING_METHODS = frozenset(
     {"div_", "divide_", "true_divide_", "exp_", "neg_", "relu_", "sigmoid_", "tanh_", "square_", "sqrt_", "rsqrt_", "reciprocal_"}
 )
 
+# Scores have a batch, heads, queries and keys. Assignments to tensors of fewer axes are left as they are: features that join a text are
+# found by them.
+_SCORES_RANK = 4
+
 Storage = int
 
 
@@ -260,7 +264,11 @@ def _part_assignment(node: fx.Node, memory: _Memory) -> None:
     entries = index if isinstance(index, tuple) else (index,)
     if not all(entry is Ellipsis or (isinstance(entry, slice) and _plain_slice(entry)) for entry in entries):
         return
-    if value_of(value).dtype != value_of(tensor).dtype or not memory.only_seen_through(tensor, node):
+    if (
+        value_of(value).dtype != value_of(tensor).dtype
+        or value_of(tensor).dim() < _SCORES_RANK
+        or not memory.only_seen_through(tensor, node)
+    ):
         return
     with node.graph.inserting_before(node):
         made = node.graph.call_function(assigned, (tensor, index, value))

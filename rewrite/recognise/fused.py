@@ -74,8 +74,14 @@ def fused_attention(node: fx.Node) -> Region:
         value=(value, (*leading(shapes[2]), columns, width)),
         families=(lead, rows, columns, inner, width),
         out_axes=(*lead, rows, width),
-        form=Form(score=score, mask=mask, tensors=extra, dropout=float(argument(node, "dropout_p", 0.0) or 0.0)),
+        form=Form(score=score, mask=mask, tensors=extra, dropout=_rate(node)),
     )
+
+
+def _rate(node: fx.Node) -> float:
+    """The dropout rate; one that is given when the graph runs is taken to be active."""
+    rate = argument(node, "dropout_p", 0.0) or 0.0
+    return float(rate) if isinstance(rate, int | float) else 1.0
 
 
 def _shared_heads(axis: Axis, heads: int) -> Axis:

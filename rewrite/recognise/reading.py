@@ -180,7 +180,8 @@ class ExpressionReader:
             return self.expression
         name = canonical(node)
         if name == "dropout" and argument(node, "training", True):
-            self.dropout = max(self.dropout, float(argument(node, "p", 0.5)))
+            rate = argument(node, "p", 0.5)
+            self.dropout = max(self.dropout, float(rate) if isinstance(rate, int | float) else 1.0)
         if name in _UNCHANGED:
             return self._operand(node.args[0], axes)
         if name == "div" and self.expression == W and (total := summed(pair(node)[1])) is not None and total.of is pair(node)[0]:
@@ -256,8 +257,8 @@ class ExpressionReader:
         if self.mixture is not None:
             raise NearMissError(f"{node.name} mixes heads a second time")
         mixture, source, its_axes = mixing(node, axes, self.depends)
-        mixture.inner = self._operand(source, its_axes)
         self.mixture = mixture
+        mixture.inner = self._operand(source, its_axes)
         return MIXED
 
     def _with_sink(self, node: fx.Node, axes: Axes) -> sympy.Expr:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from rewrite.recognise.flex import flex_attention, is_flex_attention
 from rewrite.recognise.fused import fused_attention
 from rewrite.recognise.index_algebra import MismatchError
 from rewrite.recognise.operators import canonical, module_path, spelled
@@ -33,6 +34,8 @@ def find_regions(graph: fx.Graph) -> tuple[list[Region], list[NearMiss]]:
         try:
             if canonical(node) == "attention":
                 regions.append(fused_attention(node))
+            elif is_flex_attention(node):
+                regions.append(flex_attention(node))
             elif (weights := normalised_weights(node)) is not None:
                 found = contraction_after(node)
                 if found is not None:
@@ -67,7 +70,8 @@ def interior(region: Region) -> Iterator[fx.Node]:
     while stack:
         node = stack.pop()
         yield node
-        for source in node.all_input_nodes:
+        # What else a FlexAttention call takes are its block lists, which are made of its mask function again.
+        for source in () if is_flex_attention(node) else node.all_input_nodes:
             if source not in stop and source not in seen:
                 seen.add(source)
                 stack.append(source)

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from rewrite.ir.semantics import attention_weights
+from rewrite.recognise.flex import described_functions, evaluate_flex, is_flex_attention
 from rewrite.recognise.operators import canonical, hint, hinted_shape, spelled, value_of
 from rewrite.recognise.region import Region, viewed
 from rewrite.recognise.regions import interior
@@ -35,6 +36,8 @@ def structure(region: Region) -> str:
         return f"%{numbers.setdefault(value, len(numbers))}:{_described(value)}" if isinstance(value, fx.Node) else repr(value)
 
     for node in sorted(interior(region)):
+        if is_flex_attention(node):
+            lines.append(described_functions(node))
         lines.append(f"{spelled(node)} {[fx.map_arg(node.args, write)]} {fx.map_arg(dict(node.kwargs), write)}")
     return "\n".join(lines)
 
@@ -120,6 +123,8 @@ def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
         return done[node]
 
     def _call(node: fx.Node) -> Any:
+        if is_flex_attention(node):
+            return evaluate_flex(node, load)
         if canonical(node) == "baddbmm" and node.kwargs.get("beta", 1) == 0:
             # What would be added is not read, and may be anything: memory that was never written, a tensor that is no operand.
             return load(node.args[1]) @ load(node.args[2]) * node.kwargs.get("alpha", 1)  # type: ignore[arg-type]

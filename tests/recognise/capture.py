@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 import codegen  # noqa: F401  registers the attention operator that a lowered site calls
 from rewrite.engine import copy_graph
 from rewrite.lower.lowering import lower_site
+from rewrite.recognise.functional import writes
 from rewrite.recognise.operators import canonical
 from rewrite.recognise.sites import Recognition, recognise
 from rewrite.recognise.verify import verify
@@ -48,7 +49,7 @@ class Capture:
             self.proofs = [verify(entry.region) for entry in recognition.found]
             for entry in recognition.found:
                 lower_site(copied.graph, entry.site, entry.region, {})
-            copied.graph.eliminate_dead_code()
+            copied.graph.eliminate_dead_code(is_impure_node=writes)
             copied.graph.lint()
             copied.recompile()
         return copied
