@@ -10,8 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from rewrite.engine import Record, Rewriter, RewrittenGraph
+from rewrite.carried import Carried, is_activation
+from rewrite.engine import Known, Record, Rewriter, RewrittenGraph
+from rewrite.names import Witness
 from rewrite.notes import Note
+from rewrite.recognise.operators import value_of
 
 InnerBackend = str | Callable[..., Any]
 
@@ -25,11 +28,20 @@ class Call(Protocol):
     def produce(self, value: torch.Tensor, note: Note) -> None:
         """Note a cache entry that the graph returned."""
 
+    def carried(self, value: torch.Tensor) -> Carried | None:
+        """What an earlier graph of the call knew of an activation."""
+
+    def behind(self, value: torch.Tensor) -> str | None:
+        """The break between an activation and the graphs before, in words; None where the user gave it."""
+
+    def carry(self, value: torch.Tensor, known: Carried) -> None:
+        """Note an activation that the graph returned."""
+
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that a pass added."""
 
-    def graph(self, merges: bool) -> AbstractContextManager[None]:
-        """What a graph runs inside; `merges` where visual tokens join the text in it."""
+    def graph(self, record: Record) -> AbstractContextManager[None]:
+        """What a graph runs inside."""
 
 
 class NoCall:
@@ -41,10 +53,19 @@ class NoCall:
     def produce(self, value: torch.Tensor, note: Note) -> None:
         raise RuntimeError("a cache was noted outside a call")
 
+    def carried(self, value: torch.Tensor) -> Carried | None:
+        return None
+
+    def behind(self, value: torch.Tensor) -> str | None:
+        return None
+
+    def carry(self, value: torch.Tensor, known: Carried) -> None:
+        raise RuntimeError("an activation was noted outside a call")
+
     def parameter(self, name: str) -> torch.Tensor:
         raise RuntimeError(f"no parameter {name} outside a call")
 
-    def graph(self, merges: bool) -> AbstractContextManager[None]:
+    def graph(self, record: Record) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -58,7 +79,9 @@ class Variant:
 
 @dataclass
 class CompiledGraph:
-    """What a backend returns for one captured graph. Variants differ in which inputs are noted cache entries.
+    """What a backend returns for one captured graph.
+
+    Variants differ in which inputs are noted cache entries, in what is carried with which input, and in the module the graph runs for.
 
     current: gives the running call. inner: the torch.compile backend that receives the rewritten graph.
     """
@@ -69,20 +92,42 @@ class CompiledGraph:
     current: Callable[[], Call]
     on_record: Callable[[Record], None]
     variants: dict[tuple[Any, ...], Variant] = field(default_factory=dict)
+    witness: Witness | None = None
+
+    def __post_init__(self) -> None:
+        self.floating = [index for index, node in enumerate(self._placeholders()) if is_activation(node)]
+        self.streams = [index for index in self.floating if value_of(self._placeholders()[index]).ndim == 3]
+
+    def _placeholders(self) -> list[fx.Node]:
+        return [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
 
     def prepare(self, inputs: Sequence[Any]) -> Variant:
         """The variant for these inputs, made where there is none yet."""
-        notes = self._notes(inputs)
+        notes, carried, names = self._notes(inputs), self._carried(inputs), self.rewriter.names
+        if names is not None and not self.variants:
+            self.witness = names.witness(self._placeholders(), inputs)
+        base = names.base(self.witness, inputs) if names is not None else None
         shared: dict[int, int] = {}
-        key = tuple(
+        of_caches = tuple(
             (index, note.groups is not None, None if note.positions is None else shared.setdefault(id(note.positions), index))
             for index, (_, note) in notes.items()
         )
+        of_activations = tuple((index, known.visual is not None, known.layers) for index, known in carried.items())
+        key = (of_caches, of_activations, base)
         if key not in self.variants:
-            rewritten = self.rewriter.rewrite(self.graph_module, inputs, {index: note for index, (_, note) in notes.items()})
+            told = {index: words for index in self.floating if (words := self.current().behind(inputs[index])) is not None}
+            behind = {index: words for index, words in told.items() if index not in carried}
+            known = Known({index: note for index, (_, note) in notes.items()}, carried, behind, base)
+            rewritten = self.rewriter.rewrite(self.graph_module, inputs, known)
+            rewritten.record.again = bool(self.variants)
             self.on_record(rewritten.record)
             self.variants[key] = Variant(rewritten, self._compiled(rewritten.module))
         return self.variants[key]
+
+    def _carried(self, inputs: Sequence[Any]) -> dict[int, Carried]:
+        call = self.current()
+        found = ((index, call.carried(inputs[index])) for index in self.streams)
+        return {index: known for index, known in found if known is not None}
 
     def _notes(self, inputs: Sequence[Any]) -> dict[int, tuple[torch.Tensor, Note]]:
         call = self.current()
@@ -103,23 +148,27 @@ class CompiledGraph:
         for extra in variant.graph.extras:
             if extra.kind == "parameter":
                 values.append(call.parameter(extra.name))
+            elif extra.kind in ("visual", "features"):
+                values.append(getattr(call.carried(inputs[extra.index]), extra.kind))
             else:
                 values.append(getattr(notes[extra.index][1], extra.kind))
-        with call.graph(variant.graph.record.merges):
+        with call.graph(variant.graph.record):
             results = variant.run(*values)
-        produced = variant.graph.produced
-        if not produced:
-            return results
+        produced, layers = variant.graph.produced, variant.graph.layers
         count = len(results) - len(produced)
-        self._note(call, results[:count], dict_of(produced, results[count:]))
-        return results[:count]
+        facts = dict_of(produced, results[count:])
+        for index in facts.keys() | layers.keys():
+            known = facts.get(index, {})
+            if index in layers:
+                call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers[index]))
+            else:
+                self._note(call, results[index], known)
+        return results[:count] if produced else results
 
     @staticmethod
-    def _note(call: Call, results: Sequence[Any], facts: Mapping[int, Mapping[str, Any]]) -> None:
-        for index, known in facts.items():
-            entry = results[index]
-            length = known.get("length", entry.shape[-2])
-            call.produce(entry, Note(known.get("positions"), int(length), known.get("groups")))
+    def _note(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> None:
+        length = known.get("length", entry.shape[-2])
+        call.produce(entry, Note(known.get("positions"), int(length), known.get("groups")))
 
 
 def dict_of(produced: Sequence[Any], values: Sequence[Any]) -> dict[int, dict[str, Any]]:

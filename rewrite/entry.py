@@ -11,7 +11,7 @@ from torch import nn
 
 from rewrite.dry_run import call_original
 from rewrite.ir.errors import RewriteError
-from rewrite.runner import Runner, is_running
+from rewrite.runner import CAPTURE_ERRORS, Runner, is_running
 from rewrite.session import Session
 
 # One thread at a time sets up: analyses, or runs a module as it is before its first capture.
@@ -53,7 +53,7 @@ class Entry:
         except Exception as error:
             # Dynamo leaves code alone for good that it once failed to trace; the next call is traced anew.
             self.runner = self.session.runner = None
-            own = self._own_error(arguments, keywords) if isinstance(error, torch._dynamo.exc.TorchDynamoException) else None
+            own = self._own_error(arguments, keywords) if isinstance(error, CAPTURE_ERRORS) else None
             if own is None:
                 raise
             raise own from None

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from rewrite.breaks import Break
 from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritten_cost
 from rewrite.engine import Record
 from rewrite.ir.program import Exit
@@ -26,6 +27,7 @@ class SiteReport:
 
     status: "rewritten" by the passes named, "declined" where every pass that was asked for left it alone (the reasons are in `reason`),
     "kept" where no pass was asked for. cost_before, cost_after: closed forms with `.multiply_adds` and `.bytes` at the traced shapes.
+    cut: what a graph break hid from it, in words.
     """
 
     qualified_name: str
@@ -42,6 +44,7 @@ class SiteReport:
     passes: tuple[str, ...]
     cost_before: Cost
     cost_after: Cost
+    cut: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,11 @@ class Report:
     total_before: GraphCost = field(default_factory=GraphCost)
     total_after: GraphCost = field(default_factory=GraphCost)
     graphs: int = 0
+    breaks: list[Break] = field(default_factory=list)
 
     def add(self, record: Record) -> None:
         """Take in what happened to one more graph."""
-        self.graphs += 1
+        self.graphs += not record.again
         changed = {site.name: site for site in record.program.sites}
         self.total_before += record.before
         self.total_after += record.after
@@ -87,18 +91,21 @@ class Report:
             before, after = site_costs(entry, changed[entry.site.name], record)
             if entry.site.name in record.lowered:
                 self.total_after += GraphCost(after.multiply_adds, after.bytes)
-            self.sites.append(self._site(entry.site, record, before, after))
+            self.sites.append(self._site(entry, record, before, after))
         self._tokens(record)
         self.near_misses += [NearMissReport(miss.module, miss.node, miss.reason) for miss in record.misses]
 
-    def _site(self, site: Site, record: Record, before: Cost, after: Cost) -> SiteReport:
+    def _site(self, entry: Found, record: Record, before: Cost, after: Cost) -> SiteReport:
+        site, cut = entry.site, record.cut.get(entry.site.name, "")
         passes = record.program.passes_of(site)
         reasons = [f"{by}: {reason}" for name, by, reason in record.program.declined if name == site.name]
         status: Status = "rewritten" if passes else ("declined" if reasons else "kept")
         return SiteReport(
-            qualified_name=site.name, kind=site.kind, causal=site.causal, heads=site.dims["H"], kv_heads=site.dims["Hkv"],
+            qualified_name=site.name, kind="unknown" if cut and entry.stream is None else site.kind, causal=site.causal,
+            heads=site.dims["H"], kv_heads=site.dims["Hkv"],
             tokens=site.dims["Nq"], key_tokens=site.dims["Nk"], head_dim=site.dims["D"], token_layout=str(site.layout), status=status,
             reason="; ".join(reasons), passes=passes, cost_before=before, cost_after=after,
+            cut=cut,
         )  # fmt: skip
 
     def _tokens(self, record: Record) -> None:
@@ -126,6 +133,7 @@ class Report:
         return {
             "passes": list(self.passes),
             "graphs": self.graphs,
+            "breaks": [dataclasses.asdict(one) for one in self.breaks],
             "sites": sites,
             "tokens": [dataclasses.asdict(token) for token in self.tokens],
             "near_misses": [dataclasses.asdict(miss) for miss in self.near_misses],
@@ -138,6 +146,14 @@ class Report:
         """How many sites have each status."""
         statuses = [site.status for site in self.sites]
         return {status: statuses.count(status) for status in ("rewritten", "kept", "declined")}
+
+    def _cut(self) -> dict[str, list[str]]:
+        """What breaks hid: each once, with the sites it is hidden from."""
+        names: dict[str, list[str]] = {}
+        for site in self.sites:
+            if site.cut:
+                names.setdefault(site.cut, []).append(site.qualified_name)
+        return names
 
     def table(self) -> Table:
         """The sites as a rich table."""
@@ -160,6 +176,12 @@ class Report:
         for token in self.tokens:
             where = f"grid {'x'.join(map(str, token.grid))}, {token.prefix} prefix tokens" if token.grid else token.what
             yield f"tokens: {where} ({token.how})"
+        if self.breaks:
+            yield f"captured as {self.graphs} graphs, for {len(self.breaks)} breaks:"
+        for one in self.breaks:
+            yield f"break: {one}"
+        for told, names in self._cut().items():
+            yield f"cut off: {', '.join(names)}: {told}"
         for miss in self.near_misses:
             yield f"near miss: {miss.module or miss.node} ({miss.node}): {miss.reason}"
         for note in self.notes:

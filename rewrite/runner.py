@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _python_dispatch
 
+from rewrite.breaks import Break
+from rewrite.carried import Carried, Handover
 from rewrite.compiled import Call, CompiledGraph, NoCall
 from rewrite.dry_run import call_original
-from rewrite.engine import Rewriter
+from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import ModelCallError, RewriteError
 from rewrite.lower.program import Allowed
+from rewrite.names import Names
 from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
 from rewrite.observers import observers_aside
 
@@ -34,6 +38,9 @@ _LIMITS: dict[str, Any] = {
     "accumulated_recompile_limit": 1024,
     "fail_on_recompile_limit_hit": True,
 }
+
+# What Dynamo raises where it cannot trace; one of them it does not wrap in its own kind.
+CAPTURE_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
 
 _NUMBERS = itertools.count()
 
@@ -52,31 +59,44 @@ class RunningCall:
     """One call of a rewritten model: the stand-ins it was given, and the cache entries it returns."""
 
     session: Session
-    behind: dict[int, tuple[torch.Tensor, Note]] = field(default_factory=dict)
+    stand_ins: dict[int, tuple[torch.Tensor, Note]] = field(default_factory=dict)
     produced: list[tuple[torch.Tensor, Note]] = field(default_factory=list)
     modes: list[Any] = field(default_factory=list)
     graphs: int = 0
     merged: bool = False
+    handover: Handover = field(default_factory=Handover)
+    given: dict[int, torch.Tensor] = field(default_factory=dict)
+    last_break: Break | None = None
 
     def noted(self, value: torch.Tensor) -> tuple[torch.Tensor, Note] | None:
-        return self.behind.get(storage_of(value)) if self.behind else None
+        return self.stand_ins.get(storage_of(value)) if self.stand_ins else None
 
     def produce(self, value: torch.Tensor, note: Note) -> None:
         self.produced.append((value, note))
+
+    def carried(self, value: torch.Tensor) -> Carried | None:
+        return self.handover.read(value)
+
+    def behind(self, value: torch.Tensor) -> str | None:
+        return None if id(value) in self.given or self.last_break is None else str(self.last_break)
+
+    def carry(self, value: torch.Tensor, known: Carried) -> None:
+        self.handover.write(value, known)
 
     def parameter(self, name: str) -> torch.Tensor:
         return self.session.parameter(name)
 
     @contextlib.contextmanager
-    def graph(self, merges: bool) -> Iterator[None]:
+    def graph(self, record: Record) -> Iterator[None]:
         """Around the execution of one graph: the dispatch modes (a FLOP counter, say) that were set aside see what it does."""
         self.graphs += 1
-        self.merged |= merges
+        self.merged |= record.merges
         with contextlib.ExitStack() as stack:
             for mode in self.modes:
                 _python_dispatch._push_mode(mode)
                 stack.callback(_python_dispatch._pop_mode, getattr(mode, "_mode_key", None))
             yield
+        self.last_break = record.ended or self.last_break
 
 
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
@@ -96,9 +116,10 @@ class Runner:
         self.session = session
         rewriter = Rewriter(
             passes=session.passes,
-            qualify=lambda path: ".".join(part for part in (prefix, path) if part),
+            names=Names(session.root, prefix),
             proofs=session.proofs,
             allowed=Allowed(parameters=session.may_add_parameters, added=session.added),
+            depths=session.depths,
         )
 
         def backend(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -115,7 +136,7 @@ class Runner:
     def run(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """The module's result, computed by its rewritten graphs."""
         session = self.session
-        call = RunningCall(session)
+        call = RunningCall(session, given={id(slot.tensor): slot.tensor for slot in slots((arguments, keywords))})
         replaced = list(_put_stand_ins(session.notes, call, (arguments, keywords)))
         ACTIVE.call = call
         try:
@@ -162,7 +183,7 @@ def _put_stand_ins(notes: CacheNotes, call: RunningCall, arguments: Any) -> Iter
             continue
         # An entry from which no token left is itself its stand-in, so that the model's code reads it as before.
         put = slot.tensor if note.positions is None else stand_in(slot.tensor, note.length)
-        call.behind[storage_of(put)] = (slot.tensor, note)
+        call.stand_ins[storage_of(put)] = (slot.tensor, note)
         if put is not slot.tensor:
             slot.put(put)
             yield slot, put

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import codegen
+from rewrite.breaks import collected_breaks
 from rewrite.compiled import InnerBackend
 from rewrite.dry_run import call_original, copied, kind_of_call, untouched
 from rewrite.engine import Record
@@ -19,7 +21,7 @@ from rewrite.ir.operations import Parameter
 from rewrite.ir.passes import CHANGES_NOTHING, Pass
 from rewrite.notes import CacheNotes, Slot, slots
 from rewrite.report import Report
-from rewrite.runner import ACTIVE, Runner, RunningCall
+from rewrite.runner import ACTIVE, CAPTURE_ERRORS, Runner, RunningCall
 
 # The prefix of every state_dict key that a pass adds.
 ADDED = "rewrite_added"
@@ -44,6 +46,7 @@ class Session:
     notes: CacheNotes = field(default_factory=CacheNotes)
     proofs: dict[str, str | None] = field(default_factory=dict)
     added: dict[str, Parameter] = field(default_factory=dict)
+    depths: dict[str, int] = field(default_factory=dict)
     gridded: set[str] = field(default_factory=set)
     declined: list[tuple[str, str, str]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
@@ -132,17 +135,27 @@ class Session:
     def _capture(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Run the model rewritten, once; with other capture settings where Dynamo cannot trace it with ours."""
         try:
-            self.runner = Runner(self, self.root, "")
-            self.runner.run(copied(arguments), copied(keywords))
-        except torch._dynamo.exc.TorchDynamoException as error:
+            self._run_recorded(arguments, keywords)
+        except CAPTURE_ERRORS as error:
             if not self.settings:
                 raise
-            told = str(error).strip().splitlines()[0]
             self.settings = {}
+            cause = error.inner_exception if isinstance(error, torch._dynamo.exc.BackendCompilerFailed) else error
+            told = str(cause).strip().splitlines()[0]
+            self._run_recorded(arguments, keywords, [f"captured without {' and '.join(_SETTINGS)}, which failed: {told}"])
+
+    def _run_recorded(self, arguments: tuple[Any, ...], keywords: dict[str, Any], notes: Sequence[str] = ()) -> None:
+        """Run the model rewritten and recorded; once more where a stack of layers turned out to be deeper than its first graph."""
+        while True:
             self.gridded, self.declined = set(), []
-            self.report = Report(self.report.passes, notes=[f"captured without capture_scalar_outputs, which failed: {told}"])
+            self.report = Report(self.report.passes, notes=list(notes))
+            depths = dict(self.depths)
             self.runner = Runner(self, self.root, "")
-            self.runner.run(copied(arguments), copied(keywords))
+            with collected_breaks() as breaks:
+                self.runner.run(copied(arguments), copied(keywords))
+            self.report.breaks = breaks
+            if depths == self.depths:
+                return
 
     def record(self, record: Record) -> None:
         """Take in what happened to one graph."""

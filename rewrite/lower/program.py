@@ -33,6 +33,7 @@ class Extra:
     """A value that a rewritten graph takes beside the traced inputs.
 
     kind "parameter": the added parameter `name`. "positions", "length", "groups": from the note of the cache entry that is input `index`.
+    "visual", "features": what an earlier graph of the call carried with the activation that is input `index`.
     """
 
     kind: str
@@ -42,7 +43,10 @@ class Extra:
 
 @dataclass(frozen=True)
 class Produced:
-    """A value that a rewritten graph returns beside the traced outputs: "positions", "length" or "groups" of the entries `outputs`."""
+    """A value that a rewritten graph returns beside the traced outputs.
+
+    "positions", "length" or "groups" of the cache entries `outputs`; "visual" and "features" of the activations `outputs`.
+    """
 
     kind: str
     outputs: tuple[int, ...]
@@ -68,11 +72,12 @@ class ProgramLowering:
         notes: Mapping[int, Note],
         recognition: Recognition,
         program: Program,
+        extras: list[Extra],
     ) -> None:
         self.allowed, self.graph = allowed, module.graph
         self.placeholders, self.notes = placeholders, notes
         self.recognition, self.program = recognition, program
-        self.extras: list[Extra] = []
+        self.extras = extras
         self.produced: list[Produced] = []
         self.kernels: list[codegen.Kernel] = []
         self.shapes: dict[fx.Node, dict[int, int]] = {}
@@ -141,6 +146,10 @@ class ProgramLowering:
             node = self.graph.placeholder(f"rewrite_{extra.kind}_{len(self.extras)}")
         self.extras.append(extra)
         return node
+
+    def _behind_inputs(self, node: fx.Node) -> fx.Node:
+        """The node, or the last input where it is an input: from there on all inputs are there."""
+        return [other for other in self.graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node
 
     def _visual(self, entry: Found) -> fx.Node:
         """[B, N] bool: which of the new tokens are visual."""
@@ -248,7 +257,7 @@ class ProgramLowering:
         users = [user for user in stream.users if user.op != "output"]
         batch, tokens, _ = hinted_shape(stream)
         features = hinted_shape(merge.source)
-        with self.graph.inserting_after(stream):
+        with self.graph.inserting_after(self._behind_inputs(max(stream, merge.source))):
             kept = self.graph.call_function(tokens_kept, (stream, merge.source))
         with self.graph.inserting_after(kept):
             positions = self.graph.call_function(kept_positions, (mask, kept))

@@ -54,6 +54,8 @@ _FUNCTIONS: Mapping[str, tuple[Callable[..., Any], ...]] = {
     "dropout": (functional.dropout, torch.dropout, functional.dropout1d),
     "transpose": (torch.transpose, torch.swapaxes, torch.swapdims),
     "permute": (torch.permute,),
+    "matrix_transpose": (torch.t, torch.adjoint),
+    "movedim": (torch.movedim, torch.moveaxis),
     "reshape": (torch.reshape,),
     "flatten": (torch.flatten,),
     "unflatten": (torch.unflatten,),
@@ -108,6 +110,8 @@ _METHODS: Mapping[str, tuple[str, ...]] = {
     "detach": ("detach",),
     "transpose": ("transpose", "swapaxes", "swapdims"),
     "permute": ("permute",),
+    "matrix_transpose": ("t", "adjoint"),
+    "movedim": ("movedim", "moveaxis"),
     "reshape": ("reshape", "view", "reshape_as", "view_as"),
     "flatten": ("flatten",),
     "unflatten": ("unflatten",),
@@ -164,6 +168,8 @@ _POSITIONS: Mapping[tuple[str, str], int] = {
 def canonical(node: fx.Node) -> str:
     """The operator's one name, or an empty string for placeholders, outputs and operators not in the table."""
     if node.op == "call_function":
+        if node.target is getattr:
+            return "matrix_transpose" if node.args[1] in ("mT", "mH") else ""
         return _BY_FUNCTION.get(node.target, "")
     if node.op == "call_method":
         return _BY_METHOD.get(str(node.target), "")
@@ -207,6 +213,9 @@ class Extent(int):
         extent = super().__new__(cls, length)
         extent.exact = sympy.sympify(exact)
         return extent
+
+    def __reduce__(self) -> tuple[type[Extent], tuple[int, sympy.Expr]]:
+        return Extent, (int(self), self.exact)
 
 
 def hint(size: Any) -> int:

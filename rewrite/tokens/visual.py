@@ -17,6 +17,9 @@ from rewrite.tokens import rules
 from rewrite.tokens.edits import insert_call
 from rewrite.tokens.placement import example, is_tensor, shape_of
 
+# Where a placeholder's meta has the merge that an earlier graph of the call made.
+CARRIED = "rewrite_merge"
+
 
 @dataclass(frozen=True)
 class VisualMerge:
@@ -36,7 +39,7 @@ class VisualMerge:
 
 def visual_merges(graph: fx.Graph) -> list[VisualMerge]:
     """Every merge of vision features into an embedding stream, in graph order."""
-    found: list[VisualMerge] = []
+    found: list[VisualMerge] = [node.meta[CARRIED] for node in graph.nodes if CARRIED in node.meta]
     for node in graph.nodes:
         rule = _MERGES.get(rules.name_of(node))
         if rule is not None and (merge := rule(node)) is not None:

@@ -1,0 +1,181 @@
+"""What one graph of a call hands to the later ones about an activation: which positions are visual, which layers lie behind it.
+
+A graph break ends what analysis sees. What it found in front of the break is noted on the tensor that leaves the graph, and read where the
+same tensor enters a later graph of the same call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewrite.lower.program import Extra, Produced
+from rewrite.recognise.operators import value_of
+from rewrite.recognise.sites import Found, Recognition
+from rewrite.recognise.streams import is_parameter, reaches
+from rewrite.tokens.visual import CARRIED, VisualMerge, visual_mask_node, visual_merges
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Known of an activation [B, N, C].
+
+    visual: bool [B, N], the visual positions, and features: the vision features at them, of all rows together; None where there are none.
+    layers: names of the sites of its stack so far.
+    """
+
+    visual: torch.Tensor | None = None
+    features: torch.Tensor | None = None
+    layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What to carry of one of a graph's outputs: the merge whose visual tokens are in it, and the layers behind it."""
+
+    output: int
+    merge: VisualMerge | None
+    layers: tuple[str, ...]
+
+
+@dataclass
+class Handover:
+    """Carried facts by the tensor they are known of, for one call. Tensors are held, so that none takes another's place."""
+
+    by_tensor: dict[int, tuple[torch.Tensor, int, Carried]] = field(default_factory=dict)
+
+    def write(self, tensor: torch.Tensor, known: Carried) -> None:
+        self.by_tensor[id(tensor)] = (tensor, _version(tensor), known)
+
+    def read(self, tensor: torch.Tensor) -> Carried | None:
+        """What is known of a tensor; None where that is nothing, or it was written into since."""
+        _, version, known = self.by_tensor.get(id(tensor), (None, 0, None))
+        return known if version == _version(tensor) else None
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def receive(graph: fx.Graph, placeholders: Sequence[fx.Node], carried: Mapping[int, Carried]) -> list[Extra]:
+    """Give a graph the visual positions of its inputs as inputs of their own, so that recognition sees a merge there."""
+    extras: list[Extra] = []
+    last = placeholders[-1] if placeholders else None
+    for index, known in carried.items():
+        if known.visual is None or known.features is None or last is None:
+            continue
+        given = placeholders[index]
+        with graph.inserting_after(last):
+            mask = graph.placeholder(f"rewrite_visual_{index}")
+        with graph.inserting_after(mask):
+            last = features = graph.placeholder(f"rewrite_features_{index}")
+        mask.meta["example_value"], features.meta["example_value"] = known.visual, known.features
+        given.meta[CARRIED] = VisualMerge(given, mask, features, given, given)
+        extras += [Extra("visual", index=index), Extra("features", index=index)]
+    return extras
+
+
+def hand_over(graph: fx.Graph, left: Sequence[Leaving]) -> list[Produced]:
+    """Make a graph return the visual positions of its outputs beside them."""
+    produced: list[Produced] = []
+    output = next(node for node in graph.nodes if node.op == "output")
+    by_merge: dict[fx.Node, tuple[VisualMerge, list[int]]] = {}
+    for one in left:
+        if one.merge is not None:
+            by_merge.setdefault(one.merge.node, (one.merge, []))[1].append(one.output)
+    for merge, outputs in by_merge.values():
+        produced += [Produced("visual", tuple(outputs)), Produced("features", tuple(outputs))]
+        output.args = ((*output.args[0], visual_mask_node(graph, merge), merge.source),)
+    return produced
+
+
+def continue_stacks(recognition: Recognition, carried: Mapping[fx.Node, Carried], depths: dict[str, int]) -> None:
+    """Count the layers of stacks that began in an earlier graph on from there.
+
+    depths: how many layers the stack of a site has in all, by name; learned where a stack goes on in a later graph.
+    """
+    stacks: dict[int, list[Found]] = {}
+    for entry in recognition.found:
+        stacks.setdefault(entry.site.stack, []).append(entry)
+    for entries in stacks.values():
+        before = _before(entries[0], carried)
+        names = (*before, *(entry.site.name for entry in entries))
+        if before:
+            depths.update(dict.fromkeys(names, len(names)))
+        for entry in entries:
+            depth = max(depths.get(entry.site.name, 0), len(names))
+            entry.site = replace(entry.site, layer=len(before) + entry.site.layer, depth=depth)
+
+
+def _before(first: Found, carried: Mapping[fx.Node, Carried]) -> tuple[str, ...]:
+    """The sites of earlier graphs that a stack follows."""
+    stream = first.stream
+    source = None if stream is None else (stream if stream in carried else reaches(stream, set(carried)))
+    return () if source is None else carried[source].layers
+
+
+def leaving(graph: fx.Graph, recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> list[Leaving]:
+    """What is known of the activations that leave a graph."""
+    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    merges = {merge.node: merge for merge in visual_merges(graph) if merge.source is not None}
+    streams = {entry.stream: entry for entry in recognition.found if entry.stream is not None}
+    known: list[Leaving] = []
+    for index, result in enumerate(results if isinstance(results, tuple | list) else ()):
+        if not is_activation(result) or value_of(result).ndim != 3:
+            continue
+        merge = merges.get(result) or merges.get(reaches(result, set(merges)) or result)
+        last = result if result in streams else reaches(result, set(streams))
+        layers: tuple[str, ...] = ()
+        if last is not None:
+            # Behind the stream in front of a layer lies that layer too, unless it is that stream itself.
+            until = streams[last].site.layer + (0 if last is result else 1)
+            layers = tuple(e.site.name for e in recognition.found if e.site.stack == streams[last].site.stack and e.site.layer < until)
+            layers = _before(streams[last], carried) + layers
+        else:
+            source = result if result in carried else reaches(result, set(carried))
+            layers = () if source is None else carried[source].layers
+        if merge is not None or layers:
+            known.append(Leaving(index, merge, layers))
+    return known
+
+
+def is_activation(node: Any) -> bool:
+    """Whether a node is a tensor of floating point numbers that is no parameter."""
+    value = value_of(node) if isinstance(node, fx.Node) else None
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not is_parameter(node)
+
+
+def missing(entry: Found, behind: Mapping[fx.Node, str]) -> str:
+    """What a site cannot know because a graph break lies in front of it, in words; empty where it misses nothing.
+
+    behind: inputs that earlier graphs made and nothing is known of -> the break in between.
+    """
+    if entry.stream is not None:
+        source = entry.stream if entry.stream in behind else reaches(entry.stream, set(behind))
+        return "" if source is None else f"grid, visual positions and earlier layers are not known behind the break at {behind[source]}"
+    cut = [behind[node] for operand in _operands(entry) for node in _unprojected(operand) if node in behind]
+    return f"self or cross, layer and token layout are not known behind the break at {cut[0]}" if cut else ""
+
+
+def _operands(entry: Found) -> Sequence[fx.Node]:
+    return [operand.node for operand in (entry.region.query, entry.region.key)]
+
+
+def _unprojected(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a graph that a node is computed from without a parameter on the way."""
+    found, stack, seen = list[fx.Node](), [node], {node}
+    while stack:
+        current = stack.pop()
+        if current.op == "placeholder":
+            found.append(current)
+        previous = [one for one in current.all_input_nodes if isinstance(value_of(one), torch.Tensor)]
+        if any(is_parameter(one) for one in previous):
+            continue
+        fresh = [one for one in previous if one not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return found
