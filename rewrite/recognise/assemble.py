@@ -25,8 +25,9 @@ from rewrite.recognise.index_algebra import (
     resolve,
     size,
 )
+from rewrite.recognise.mixing import Mixture
 from rewrite.recognise.operators import canonical, exact, shape_of, value_of
-from rewrite.recognise.reading import Mixture, Part, leaf_symbol
+from rewrite.recognise.reading import Part, leaf_symbol
 from rewrite.recognise.region import Layout, Length, NearMissError, Operand, Region, layout_of, reading_layout, shape_in
 
 

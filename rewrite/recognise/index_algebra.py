@@ -165,6 +165,12 @@ def back_through(node: fx.Node, axes: Axes) -> tuple[fx.Node, Axes] | None:
         order = list(range(rank))
         order[first], order[second] = order[second], order[first]
         return source, tuple(axes[place] for place in order)
+    if name == "matrix_transpose":
+        return source, (*axes[:-2], *reversed(axes[-2:]))
+    if name == "movedim" and all(isinstance(place, int) for place in node.args[1:3]):
+        start, end = (_dim(int(place), rank) for place in node.args[1:3])  # type: ignore[arg-type]
+        moved = [axis for place, axis in enumerate(axes) if place != end]
+        return source, (*moved[:start], axes[end], *moved[start:])
     if name == "permute":
         order = [_dim(int(place), rank) for place in _sequence(node.args[1:])]
         undone: list[Axis] = [()] * rank

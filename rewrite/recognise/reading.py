@@ -6,7 +6,7 @@ back to the normaliser. Everything else that is met is a leaf: a tensor that the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,36 +16,24 @@ from sympy.logic.boolalg import Boolean
 from torch import fx
 
 from rewrite.ir.expression import W
-from rewrite.recognise.contraction import CONTRACTIONS, broadcast, contract, number
+from rewrite.recognise.contraction import broadcast, number
 from rewrite.recognise.index_algebra import Axes, Axis, MismatchError, back_through, fresh, leaves, size, unify
+from rewrite.recognise.mixing import Mixture, mixing
 from rewrite.recognise.operators import argument, canonical, hinted_shape, spelled, value_of
 from rewrite.recognise.region import NearMissError
-
-_UNCHANGED = frozenset({"cast", "contiguous", "clone", "detach", "dropout"})
-_VIEWS = frozenset({"transpose", "permute", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "expand_as"})
-# Functions of one number.
-_FUNCTIONS: Mapping[str, Callable[[sympy.Expr], sympy.Expr]] = {
-    "neg": lambda x: -x,
-    "exp": sympy.exp,
-    "tanh": sympy.tanh,
-    "sigmoid": lambda x: 1 / (1 + sympy.exp(-x)),
-    "relu": lambda x: sympy.Max(x, 0),
-    "square": lambda x: x**2,
-}
-# Functions of two.
-_OPERATORS: Mapping[str, Callable[[sympy.Expr, sympy.Expr], sympy.Expr]] = {
-    "add": lambda x, y: x + y,
-    "sub": lambda x, y: x - y,
-    "mul": lambda x, y: x * y,
-    "div": lambda x, y: x / y,
-    "maximum": sympy.Max,
-    "minimum": sympy.Min,
-}
-_BOUNDS: Mapping[str, tuple[str, ...]] = {"clamp": ("min", "max"), "clamp_min": ("min",), "clamp_max": ("max",)}
-_CHOICES = frozenset({"masked_fill", "where"})
-_ELEMENTWISE = frozenset({"assigned", *_FUNCTIONS, *_OPERATORS, *_BOUNDS, *_CHOICES})
-# A linear map of heads stands among elementwise operators where heads are mixed.
-_MIXES = frozenset({"linear", "conv"})
+from rewrite.recognise.steps import (
+    BOUNDS,
+    FUNCTIONS,
+    MIXES,
+    OPERATORS,
+    UNCHANGED,
+    Total,
+    branches,
+    is_step,
+    pair,
+    slices,
+    summed,
+)
 
 # What reads a tensor's shape and type and none of its numbers.
 _SHAPE_ONLY = frozenset({"full_like", "zeros_like", "ones_like", "empty_like", "new_full", "new_zeros", "new_ones", "new_empty"})
@@ -59,18 +47,6 @@ MIXED = sympy.Symbol("mixed", real=True)
 def leaf_symbol(name: str) -> sympy.Symbol:
     """What a leaf is written with until it is known which indices it runs over."""
     return sympy.Symbol(name, real=True)
-
-
-@dataclass
-class Mixture:
-    """mixed[g] = sum_h matrix[g, h] * inner[h] + bias[g], over the heads on `axis`. matrix: the node, and its axes (g, h) by place."""
-
-    inner: sympy.Expr
-    axis: Axis
-    matrix: fx.Node
-    order: tuple[int, int]
-    squeezed: tuple[int, ...] = ()
-    bias: fx.Node | None = None
 
 
 @dataclass
@@ -182,26 +158,26 @@ class ExpressionReader:
         if name == "dropout" and argument(node, "training", True):
             rate = argument(node, "p", 0.5)
             self.dropout = max(self.dropout, float(rate) if isinstance(rate, int | float) else 1.0)
-        if name in _UNCHANGED:
+        if name in UNCHANGED:
             return self._operand(node.args[0], axes)
         if name == "div" and self.expression == W and (total := summed(pair(node)[1])) is not None and total.of is pair(node)[0]:
             return self._renormalised(node, total, axes)
-        if name in _OPERATORS:
+        if name in OPERATORS:
             left, right = pair(node)
-            return _OPERATORS[name](self._operand(left, axes), self._times(node, self._operand(right, axes)))
-        if name in _FUNCTIONS:
-            return _FUNCTIONS[name](self._operand(node.args[0], axes))
-        if name in _BOUNDS:
+            return OPERATORS[name](self._operand(left, axes), self._times(node, self._operand(right, axes)))
+        if name in FUNCTIONS:
+            return FUNCTIONS[name](self._operand(node.args[0], axes))
+        if name in BOUNDS:
             return self._bounded(node, axes)
         if name == "masked_fill":
             source, mask, value = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs["value"]
             return self._filled(self._operand(source, axes), self._operand(mask, axes), value, axes)
         if name == "where":
-            condition, yes, no = _branches(node)
+            condition, yes, no = branches(node)
             if isinstance(yes, fx.Node) and self.depends(yes):
                 return self._filled(self._operand(yes, axes), self._operand(condition, axes), no, axes, keep_where_true=True)
             return self._filled(self._operand(no, axes), self._operand(condition, axes), yes, axes)
-        if name in _MIXES or name == "einsum":
+        if name in MIXES or name == "einsum":
             return self._mixed(node, axes)
         if name == "cat":
             return self._with_sink(node, axes)
@@ -229,7 +205,7 @@ class ExpressionReader:
 
     def _bounded(self, node: fx.Node, axes: Axes) -> sympy.Expr:
         expression = self._operand(node.args[0], axes)
-        for name in _BOUNDS[canonical(node)]:
+        for name in BOUNDS[canonical(node)]:
             bound = argument(node, name)
             if bound is not None:
                 expression = (sympy.Max if name == "min" else sympy.Min)(expression, self._operand(bound, axes))
@@ -320,141 +296,3 @@ class ExpressionReader:
         if not more.has(*self.expression.free_symbols):
             return elsewhere + sympy.Piecewise((more, sympy.And(*holds)), (0, True))
         return sympy.Piecewise((there, sympy.And(*holds)), (elsewhere, True))
-
-
-def slices(index: Any, shape: Sequence[int]) -> tuple[range, ...] | None:
-    """The positions that an index of slices takes of every axis; None for any other index, and for one that takes all."""
-    entries = list(index) if isinstance(index, tuple) else [index]
-    if Ellipsis in entries:
-        place = entries.index(Ellipsis)
-        entries[place : place + 1] = [slice(None)] * (len(shape) - len(entries) + 1)
-    entries += [slice(None)] * (len(shape) - len(entries))
-    if len(entries) != len(shape) or not all(isinstance(entry, slice) and _has_numbers(entry) for entry in entries):
-        return None
-    taken = tuple(range(extent)[entry] for entry, extent in zip(entries, shape, strict=True))
-    return None if all(len(rows) == extent for rows, extent in zip(taken, shape, strict=True)) else taken
-
-
-def _has_numbers(entry: slice) -> bool:
-    return all(part is None or isinstance(part, int) for part in (entry.start, entry.stop)) and entry.step in (None, 1)
-
-
-def _only_adds_axes(node: fx.Node) -> bool:
-    index = node.args[1]
-    entries = index if isinstance(index, tuple) else (index,)
-    return any(entry is None for entry in entries)
-
-
-def is_step(node: fx.Node) -> bool:
-    """True for an operator that an expression may be made of."""
-    name = canonical(node)
-    rank = value.dim() if isinstance(value := value_of(node), torch.Tensor) else 0
-    # Of these, only what is done to a whole map is meant, which has queries and keys, and heads where they are mixed.
-    if name in _MIXES:
-        return rank >= 4
-    if name in ("cat", "getitem"):
-        return rank >= 3
-    return name in _ELEMENTWISE or name in _UNCHANGED or name in _VIEWS or name == "einsum"
-
-
-@dataclass(frozen=True)
-class Total:
-    """The sum of a tensor over one of its axes, plus a number."""
-
-    of: fx.Node
-    dim: int
-    epsilon: float
-
-
-def summed(node: Any) -> Total | None:
-    """What a node is the sum of: x.sum(dim), its axis kept or put back, perhaps plus a number."""
-    epsilon = 0.0
-    while isinstance(node, fx.Node):
-        name = canonical(node)
-        if name == "sum":
-            dim, source = argument(node, "dim"), node.args[0]
-            if isinstance(dim, tuple | list) and len(dim) == 1:
-                dim = dim[0]
-            if not isinstance(dim, int) or not isinstance(source, fx.Node):
-                return None
-            return Total(source, dim % len(hinted_shape(source)), epsilon)
-        if name == "add" and (added := number(pair(node)[1])) is not None:
-            epsilon += float(added)
-        elif name not in ("cast", "unsqueeze", "detach") and not (name == "getitem" and _only_adds_axes(node)):
-            return None
-        node = node.args[0]
-    return None
-
-
-def mixing(node: fx.Node, axes: Axes, depends: Callable[[fx.Node], bool]) -> tuple[Mixture, fx.Node, Axes]:
-    """(the mixture with its `inner` left open, the tensor that is mixed, its axes)."""
-    name = canonical(node)
-    no_expression = sympy.S.Zero
-    if name == "einsum":
-        found = contract(node)
-        operand = found.left if depends(found.left) else found.right
-        inner_axes, matrix, matrix_axes = found.other(operand)
-        for here, there in zip(axes, found.out, strict=True):
-            unify(there, here)
-        contracted = [
-            place for place, axis in enumerate(inner_axes) if leaves(axis) and leaves(axis) not in [leaves(out) for out in found.out]
-        ]
-        if len(matrix_axes) != 2 or len(contracted) != 1 or depends(matrix):
-            raise NearMissError(f"{node.name} (einsum) stands between the scores and the softmax")
-        heads_in = leaves(inner_axes[contracted[0]])
-        place_in = next(place for place, axis in enumerate(matrix_axes) if leaves(axis) == heads_in)
-        heads = matrix_axes[1 - place_in]
-        undone = tuple(heads if place == contracted[0] else axis for place, axis in enumerate(inner_axes))
-        return Mixture(no_expression, heads, matrix, (1 - place_in, place_in)), operand, undone
-    source, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
-    assert isinstance(source, fx.Node)
-    assert isinstance(weight, fx.Node)
-    shape = hinted_shape(weight)
-    place = len(axes) - 1 if name == "linear" else 1
-    if (
-        shape[0] != shape[1]
-        or any(extent != 1 for extent in shape[2:])
-        or not depends(source)
-        or hinted_shape(source) != hinted_shape(node)
-    ):
-        raise NearMissError(f"{node.name} ({spelled(node)}) stands between the scores and the softmax")
-    squeezed = tuple(range(2, len(shape)))
-    return Mixture(no_expression, axes[place], weight, (0, 1), squeezed, bias if isinstance(bias, fx.Node) else None), source, axes
-
-
-def contractions_behind(node: fx.Node) -> Iterator[fx.Node]:
-    """The contractions that a score may come from, through views and elementwise operators, the first operands' first."""
-    return (end for end in ends(node) if canonical(end) in CONTRACTIONS)
-
-
-def blockers(node: fx.Node) -> list[fx.Node]:
-    """The operators at which the way back from a score ends where it meets no contraction."""
-    return [end for end in ends(node) if end.op != "placeholder"] or [node]
-
-
-def ends(node: fx.Node) -> Iterator[fx.Node]:
-    """Where the ways back from a score end, the first operands' first. An einsum may be an end and a mixture of heads: it is both."""
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        step = is_step(current)
-        if not step or canonical(current) == "einsum":
-            yield current
-        if step:
-            for source in reversed(current.all_input_nodes):
-                if source not in seen and isinstance(value_of(source), torch.Tensor):
-                    seen.add(source)
-                    stack.append(source)
-
-
-def pair(node: fx.Node) -> tuple[Any, Any]:
-    return (node.args[0], node.args[1]) if len(node.args) > 1 else (node.args[0], node.kwargs["other"])
-
-
-def _branches(node: fx.Node) -> tuple[Any, Any, Any]:
-    """Condition, value where it holds and value where it does not: torch.where(condition, yes, no), yes.where(condition, no)."""
-    if len(node.args) != 3:
-        raise NearMissError(f"{node.name} (where) names its arguments in a way this does not read")
-    first, second, third = node.args
-    return (second, first, third) if node.op == "call_method" else (first, second, third)

@@ -14,8 +14,8 @@ from rewrite.recognise.assemble import Form, assemble, view_undone
 from rewrite.recognise.contraction import CONTRACTIONS, Contraction, contract, number
 from rewrite.recognise.index_algebra import Atom, Axes, Axis, fresh, leaves, resolve, unify
 from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
-from rewrite.recognise.reading import contractions_behind, pair
 from rewrite.recognise.region import NearMissError, Region
+from rewrite.recognise.steps import contractions_behind, pair
 from rewrite.recognise.streams import is_parameter, sources
 from rewrite.recognise.written_out import Weights, written_out_attention
 

@@ -14,8 +14,9 @@ from rewrite.recognise.assemble import Form, assemble, through_scale, view_undon
 from rewrite.recognise.contraction import CONTRACTIONS, Contraction, contract
 from rewrite.recognise.index_algebra import Atom, Axes, Axis, MismatchError, fresh, leaves, resolve
 from rewrite.recognise.operators import argument, canonical, hinted_shape, spelled, value_of
-from rewrite.recognise.reading import MIXED, SHIFT, ExpressionReader, blockers, contractions_behind, is_step, pair, summed
+from rewrite.recognise.reading import MIXED, SHIFT, ExpressionReader
 from rewrite.recognise.region import NearMissError, Region
+from rewrite.recognise.steps import blockers, contractions_behind, is_step, pair, summed
 
 
 @dataclass(frozen=True)
