@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, fx
 
 from rewrite.tokens import rules
-from rewrite.tokens.atoms import Atom, Axes, Axis, Place, cut, fresh, join, leaves, line_of, merged, regroup, size_of, unify
+from rewrite.tokens.atoms import Atom, Axes, Axis, Place, cut, fresh, join, leaves, line_of, merged, put, regroup, size_of, unify
 from rewrite.tokens.flow import Flow, Label, Operand, axis_flow
 from rewrite.tokens.placement import example, extents, is_tensor, sizes_of
 from rewrite.tokens.spatial import SPATIAL, coarsened
+from rewrite.tokens.visual import from_embedding
 
 _VIEWS = frozenset({"view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "squeeze", "unsqueeze"})
 
@@ -56,6 +57,7 @@ class Coordinates:
             return several[index] if isinstance(index, int) and -len(several) <= index < len(several) else None
         if before is not None and isinstance(source, fx.Node):
             if name in _VIEWS and not isinstance(rules.argument(node, 1, "dtype"), torch.dtype):
+                _put_where_cut(node, source, before)
                 return regroup(before, extents(source), extents(node))
             if name in SPATIAL:
                 return SPATIAL[name](node, before)
@@ -80,7 +82,7 @@ class Coordinates:
         shape = extents(node)
         if len(flow.output) != len(shape):
             return None
-        if flow.joined is not None:
+        if flow.joined is not None and not any(_is_text(operand.node) for operand in flow.operands):
             known[flow.joined[1]] = join([part for operand in flow.operands for part in self._part(operand, flow)])
         axes = tuple(
             known[label] if label in known and size_of(known[label]) == size else fresh(size)
@@ -132,6 +134,26 @@ class Coordinates:
         flow = axis_flow(node) if node.op.startswith("call") else None
         axes = None if flow is None else self._along(node, flow)
         return tuple(axes if axes is not None and len(axes) == len(shape) else tuple(map(fresh, shape)) for shape in shapes)
+
+
+def _is_text(node: fx.Node) -> bool:
+    """Whether a part of a concatenation is embedded text: what stands beside it is a part of a sequence, no grid with a prefix."""
+    while rules.name_of(node) in {"layer_norm", "linear"} and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return from_embedding(node)
+
+
+def _put_where_cut(node: fx.Node, source: fx.Node, axes: Axes) -> None:
+    """Two neighbouring axes [.., H, W, ..] that a view cuts to [.., h, p, w, q, ..] are those of a grid: it is cut to windows or patches."""
+    before, after = example(source).shape, example(node).shape
+    if len(before) < 4 or len(after) != len(before) + 2 or not all(isinstance(size, int) for size in (*before, *after)):
+        return
+    at = next((i for i in range(len(before)) if before[i] != after[i]), len(before))
+    if at + 1 >= len(before) or tuple(after[at + 4 :]) != tuple(before[at + 2 :]) or 1 in after[at : at + 4]:
+        return
+    if (before[at], before[at + 1]) == (after[at] * after[at + 1], after[at + 2] * after[at + 3]):
+        put(axes[at], Place(-2, before[at], source=source))
+        put(axes[at + 1], Place(-1, before[at + 1], source=source))
 
 
 def _pieces(axes: Axes, size: int, dim: int, shapes: list[tuple[int, ...]]) -> tuple[Axes, ...]:

@@ -105,6 +105,18 @@ def patches_of_patches(image: Tensor) -> Tensor:
     return attended(outer)
 
 
+def patches_by_views(image: Tensor) -> Tensor:
+    """Patches of 4 x 4 pixels cut by a view, and a linear map of each."""
+    x = image.reshape(B, 3, 4, 4, 6, 4).permute(0, 2, 4, 3, 5, 1).reshape(B, 24, 48)
+    return attended(F.linear(x, torch.ones(C, 48)))
+
+
+def beside_text(image: Tensor) -> Tensor:
+    """A picture's tokens in one sequence with those of a text."""
+    text = F.embedding(torch.zeros(B, 3, dtype=torch.long), torch.ones(5, C))
+    return attended(torch.cat((flat(stem(image)), F.layer_norm(text, (C,))), 1))
+
+
 @dataclass(frozen=True)
 class Case:
     function: Callable[[Tensor], Any]
@@ -134,6 +146,8 @@ CASES: dict[str, Case] = {
     "halo": Case(halo, (TokenLayout((8, 12), window=(4, 4)),)),
     "pooled queries of windows": Case(pooled_queries, (TokenLayout((4, 6), window=(2, 2)),)),
     "patches of patches": Case(patches_of_patches, (TokenLayout((8, 12), window=(4, 4)), TokenLayout((2, 3)))),
+    "patches by views": Case(patches_by_views, (TokenLayout((4, 6)),)),
+    "beside text": Case(beside_text, (None,)),
     "known by its use": Case(by_use, (TokenLayout((8, 12), prefix=1),)),
     "not known": Case(lambda i: attended(i.reshape(B, 96, -1)), (None,)),
     "a class token alone": Case(lambda i: attended(flat(stem(i)).mean(1, keepdim=True)), (None,)),
