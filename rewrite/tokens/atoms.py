@@ -44,13 +44,14 @@ class Place:
 
 @dataclass(eq=False)
 class Atom:
-    """`outer`: it lay on the batch axis of a convolution over pictures: pictures, or the frames of videos."""
+    """outer: it lay on the batch axis of a convolution over pictures: pictures, or frames of videos. learned: an axis of a parameter."""
 
     size: int
     place: Place | None = None
     parts: list[Atom] = field(default_factory=list)
     pieces: list[tuple[int, Axis]] = field(default_factory=list)
     outer: bool = False
+    learned: bool = False
 
     @property
     def opaque(self) -> bool:

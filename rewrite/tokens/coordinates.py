@@ -44,7 +44,8 @@ class Coordinates:
         shape = extents(node)
         axes = self._carried(node) if node.op.startswith("call") else None
         if axes is None or len(axes) != len(shape):
-            return tuple(fresh(size) for size in shape)
+            learned = isinstance(example(node), torch.nn.Parameter)
+            return tuple((Atom(size, learned=learned),) if size != 1 else () for size in shape)
         return axes
 
     def _carried(self, node: fx.Node) -> Axes | None:
@@ -144,7 +145,7 @@ def _is_text(node: fx.Node) -> bool:
 
 
 def _put_where_cut(node: fx.Node, source: fx.Node, axes: Axes) -> None:
-    """Two neighbouring axes [.., H, W, ..] that a view cuts to [.., h, p, w, q, ..] are those of a grid: it is cut to windows or patches."""
+    """Two neighbouring axes [.., H, W, ..] that a view cuts to [.., h, p, w, q, ..] are those of a grid: cut to windows or patches."""
     before, after = example(source).shape, example(node).shape
     if len(before) < 4 or len(after) != len(before) + 2 or not all(isinstance(size, int) for size in (*before, *after)):
         return

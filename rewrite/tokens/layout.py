@@ -174,6 +174,8 @@ def _layout(axes: Axes, sizes: Sequence[int], axis: int) -> TokenLayout | None:
     if len(at) != 1:
         return None
     prefix, suffix = sum(size for size, _ in pieces[: at[0]]), sum(size for size, _ in pieces[at[0] + 1 :])
+    if any(size > 1 and not all(atom.learned for atom in leaves(piece)) for size, piece in pieces[at[0] + 1 :]):
+        return None  # another stream follows, a text perhaps: this is no picture with tokens of its own around it
     inside = merged(pieces[at[0]][1])
     parts = [entry for entry in inside if isinstance(entry, tuple)]
     lines = {place.axis: place.line for _, place in parts}
