@@ -58,7 +58,7 @@ def mix_heads(mix: HeadMix | None, terms: torch.Tensor, values: Mapping[str, tor
 
 
 def normalised(operation: Attend, scores: torch.Tensor, seen: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
-    """Scores to weights over keys, all [B, H, Nq, Nk]; `sink` [B, H, Nq, 1] is the logit of a key without a value."""
+    """Scores to weights over keys, [B, H, Nq, Nk], which `seen` may broadcast to; `sink` [B, H, Nq, 1]: a key without a value."""
     if operation.normaliser == "softmax":
         hidden = scores.masked_fill(~seen, -torch.inf)
         logits = hidden if sink is None else torch.cat([hidden, sink], dim=-1)
@@ -87,7 +87,9 @@ def attention_weights(operation: Attend, values: Mapping[str, torch.Tensor]) -> 
         return torch.as_tensor(evaluate_expression(expression, environment), dtype=like.dtype, device=like.device).expand_as(like)
 
     score = mix_heads(operation.score_mix, value_of(operation.score, dot), values)
-    seen = torch.as_tensor(evaluate_expression(operation.mask, environment), device=dot.device).expand_as(dot)
+    # Not expanded: most masks are the same for every head, and many for every row.
+    seen = torch.as_tensor(evaluate_expression(operation.mask, environment), device=dot.device)
+    seen = seen.reshape((1,) * (4 - seen.dim()) + seen.shape)
     sink = None if operation.sink is None else value_of(operation.sink, dot[..., :1])
     weights = mix_heads(operation.weight_mix, normalised(operation, score, seen, sink), values)
     # A bias of the mix, or another head's mask, would let hidden pairs weigh something.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -21,7 +22,7 @@ _MILD, _PEAKED = 1.0, 4.0
 # The normal distribution's quantile at 2/3.
 _TWO_THIRDS = 0.43
 # Beyond this many pairs of a query and a key one draw holds both in turn, row by row: each row of a batch is an input of its own.
-_LARGE = 1 << 20
+_LARGE = 1 << 18
 # Random numbers are drawn once and repeated: drawing them would take longer than all else. A prime, so that no two rows are alike.
 _PERIOD = 65537
 # Rounding steps that may pile up per output element beyond the sum over keys: projections' length and the exponential.
@@ -134,10 +135,16 @@ def _draw(node: fx.Node, spreads: tuple[float, ...], generator: torch.Generator,
 
 
 def _numbers(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Normal numbers of a shape."""
-    count = math.prod(shape)
-    drawn = torch.randn(min(count, _PERIOD), generator=generator, dtype=torch.float64)
-    return (drawn if count <= _PERIOD else drawn.repeat(-(-count // _PERIOD))[:count]).reshape(shape)
+    """Normal numbers of a shape, from a place of the drawn ones on."""
+    count, start = math.prod(shape), int(torch.randint(_PERIOD, (), generator=generator))
+    pool = _pool()
+    repeated = pool[start:] if count <= _PERIOD - start else torch.cat([pool[start:], pool.repeat(-(-count // _PERIOD))])
+    return repeated[:count].reshape(shape).clone()
+
+
+@lru_cache(maxsize=1)
+def _pool() -> torch.Tensor:
+    return torch.randn(_PERIOD, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
