@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from capture import Capture, recognised, relowered
-from spellings import SCALE, Attention, B, C, H, N, bmm, weighted, x
+from capture import recognised, relowered
+from spellings import SCALE, Attention, B, C, H, N, weighted, x
 from torch import Tensor, nn
 from torch.nn.functional import softmax
 
