@@ -11,7 +11,7 @@ import sympy
 from torch import fx
 
 from rewrite.recognise.index_algebra import Axes, Axis, fresh
-from rewrite.recognise.operators import canonical, hinted_shape
+from rewrite.recognise.operators import argument, canonical, hinted_shape
 from rewrite.recognise.region import NearMissError
 
 CONTRACTIONS = frozenset({"matmul", "baddbmm", "einsum"})
@@ -65,12 +65,12 @@ def contract(node: fx.Node) -> Contraction:
     scale: sympy.Expr | None = sympy.Integer(1)
     beta: sympy.Expr | None = sympy.Integer(0)
     if name == "baddbmm":
-        bias, left, right = node.args[:3]
+        bias, left, right = (argument(node, name) for name in ("input", "batch1", "batch2"))
         scale, beta = number(node.kwargs.get("alpha", 1)), number(node.kwargs.get("beta", 1))
         if scale is None or beta is None:
             raise NearMissError(f"{node.name} (baddbmm) takes a factor that is not a number")
     else:
-        left, right = node.args[:2] if len(node.args) >= 2 else (node.args[0], node.kwargs["other"])
+        left, right = argument(node, "input"), argument(node, "other", node.kwargs.get("mat2"))
     if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
         raise NearMissError(f"{node.name} does not contract two tensors")
     left_shape, right_shape = hinted_shape(left), hinted_shape(right)

@@ -19,7 +19,7 @@ from rewrite.recognise.index_algebra import (
     regroup,
     size,
 )
-from rewrite.recognise.operators import argument, hinted_shape, value_of
+from rewrite.recognise.operators import argument, hinted_shape, shape_of, value_of
 from rewrite.recognise.reading import leaf_symbol
 from rewrite.recognise.region import NearMissError, Region
 
@@ -29,6 +29,9 @@ def fused_attention(node: fx.Node) -> Region:
     names = ("query", "key", "value")
     given = [node.args[place] if place < len(node.args) else node.kwargs[name] for place, name in enumerate(names)]
     query, key, value = (entry for entry in given if isinstance(entry, fx.Node))
+    if shape_of(key)[-2] != shape_of(value)[-2]:  # type: ignore[index]
+        # Compared as sizes of the trace, which then knows that two symbols of it are one: the call itself does not say so.
+        raise NearMissError("there are not as many keys as values")
     shapes = [hinted_shape(operand) for operand in (query, key, value)]
     lead = tuple(fresh("b" if place < len(shapes[0]) - 3 else "h", extent) for place, extent in enumerate(shapes[0][:-2]))
     rows, columns = fresh("i", shapes[0][-2]), fresh("j", shapes[1][-2])

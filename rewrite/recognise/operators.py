@@ -132,6 +132,11 @@ _BY_METHOD: dict[str, str] = {method: name for name, methods in _METHODS.items()
 
 # The position at which each operator takes an argument that may also be given by name.
 _POSITIONS: Mapping[tuple[str, str], int] = {
+    ("baddbmm", "input"): 0,
+    ("baddbmm", "batch1"): 1,
+    ("baddbmm", "batch2"): 2,
+    ("matmul", "input"): 0,
+    ("matmul", "other"): 1,
     ("softmax", "dim"): 1,
     ("log_softmax", "dim"): 1,
     ("sum", "dim"): 1,

@@ -15,6 +15,9 @@ from rewrite.recognise.region import NearMissError, Region
 from rewrite.recognise.unnormalised import linear_attention, quadratic_attention
 from rewrite.recognise.written_out import contraction_after, normalised_weights, written_out_attention
 
+# What reading an operator raises whose arguments are not where they are looked for: a reason to leave it alone, not to fail.
+_UNREAD = (AssertionError, AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError)
+
 
 @dataclass(frozen=True)
 class NearMiss:
@@ -45,6 +48,9 @@ def find_regions(graph: fx.Graph) -> tuple[list[Region], list[NearMiss]]:
                 raise NearMissError(f"{spelled(node)} is an attention call this does not read")
         except (NearMissError, MismatchError) as error:
             misses.append((product, NearMiss(node.name, module_path(node), str(error))))
+        except _UNREAD as error:
+            reason = f"an operator is called in a way that is not read ({type(error).__name__}: {error})"
+            misses.append((product, NearMiss(node.name, module_path(node), reason)))
     taken = {node for region in regions for node in interior(region)}
     for node in graph.nodes:
         if node not in taken and (region := _unnormalised(node)) is not None:
@@ -59,7 +65,7 @@ def _unnormalised(node: fx.Node) -> Region | None:
     """An attention without a softmax that ends at the node; two contractions in a row need not be one, and are no near miss."""
     try:
         return linear_attention(node) or quadratic_attention(node)
-    except (NearMissError, MismatchError):
+    except (NearMissError, MismatchError, *_UNREAD):
         return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -100,7 +101,7 @@ def _tensor_users(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def reaches(node: fx.Node, targets: set[fx.Node]) -> fx.Node | None:
-    """The nearest of the targets that a tensor was computed from without its shape ever changing: one residual stream."""
+    """The nearest of the targets that a tensor was computed from without its tokens and channels ever changing: one residual stream."""
     shape = hinted_shape(node)
     queue, seen = [node], {node}
     while queue:
@@ -111,9 +112,14 @@ def reaches(node: fx.Node, targets: set[fx.Node]) -> fx.Node | None:
             seen.add(previous)
             if previous in targets:
                 return previous
-            if hinted_shape(previous) == shape:
+            if _same_tokens(hinted_shape(previous), shape):
                 queue.append(previous)
     return None
+
+
+def _same_tokens(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether shapes are equal but for rows and tokens on one axis: [B, N, C] and [B * N, C]."""
+    return shape == other or (shape[-1:] == other[-1:] and {len(shape), len(other)} == {2, 3} and math.prod(shape) == math.prod(other))
 
 
 def self_source(region: Region) -> fx.Node | None:

@@ -13,7 +13,7 @@ from torch import fx
 from rewrite.ir.expression import B
 from rewrite.ir.semantics import attention_weights
 from rewrite.recognise.flex import described_functions, evaluate_flex, is_flex_attention
-from rewrite.recognise.operators import canonical, hint, hinted_shape, spelled, value_of
+from rewrite.recognise.operators import argument, canonical, hint, hinted_shape, spelled, value_of
 from rewrite.recognise.region import Region, viewed
 from rewrite.recognise.regions import interior
 
@@ -161,7 +161,7 @@ def _run(region: Region, values: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
             return evaluate_flex(node, load)
         if canonical(node) == "baddbmm" and node.kwargs.get("beta", 1) == 0:
             # What would be added is not read, and may be anything: memory that was never written, a tensor that is no operand.
-            return load(node.args[1]) @ load(node.args[2]) * node.kwargs.get("alpha", 1)  # type: ignore[arg-type]
+            return load(argument(node, "batch1")) @ load(argument(node, "batch2")) * node.kwargs.get("alpha", 1)
         arguments = fx.map_arg(node.args, load)
         keywords = fx.map_arg(dict(node.kwargs), load)
         arguments, keywords = _in_float64(arguments), {name: _in_float64(value) for name, value in keywords.items()}

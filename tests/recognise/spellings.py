@@ -130,6 +130,12 @@ def baddbmm(self: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> T
     return torch.bmm(scores.softmax(-1), merged(v)).view(B, H, N, D)
 
 
+def baddbmm_named(self: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """BLOOM's way: every operand by name."""
+    scores = bias.baddbmm(batch1=merged(q), batch2=merged(k).transpose(1, 2), beta=1.0, alpha=SCALE)
+    return torch.bmm(input=scores.softmax(-1), mat2=merged(v)).view(B, H, N, D)
+
+
 def baddbmm_unread(self: Attention, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     scores = torch.baddbmm(bias, merged(q), merged(k).transpose(1, 2), beta=0, alpha=SCALE)
     return torch.bmm(scores.softmax(-1), merged(v)).view(B, H, N, D)
@@ -271,6 +277,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     Spelling("bmm", attention(bmm)),
     Spelling("bmm with a mask between views", attention(bmm_masked), lambda: (x(), torch.randn(B, 1, N, N))),
     Spelling("baddbmm", attention(baddbmm), lambda: (x(), torch.randn(B * H, N, N))),
+    Spelling("baddbmm, names", attention(baddbmm_named), lambda: (x(), torch.randn(B * H, 1, N))),
     Spelling("baddbmm, beta 0", attention(baddbmm_unread), lambda: (x(), torch.randn(B * H, N, N))),
     Spelling("transposed", attention(transposed)),
     Spelling("special softmax", attention(lambda self, q, k, v: torch.special.softmax(q @ k.mT * SCALE, -1) @ v)),
