@@ -13,8 +13,10 @@ from torch import nn
 from rewrite.notes import slots
 
 
-def call_original(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    """Call the module as it is, its hooks included, past what `rewrite` installed."""
+def call_original(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], method: str | None = None) -> Any:
+    """Call the module as it is, its hooks included, or a method of its class, past what `rewrite` installed."""
+    if method is not None:
+        return getattr(type(module), method)(module, *arguments, **keywords)
     return module._call_impl(*arguments, **keywords)  # type: ignore[no-untyped-call]
 
 

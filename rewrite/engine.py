@@ -34,13 +34,14 @@ class Record:
 
     lowered: names of the sites whose body was replaced. gone: by stack, how many tokens of each row leave it.
     merges: visual tokens join a text in this graph. ended: the break that ended it. cut: by name of a site, what it cannot know because of
-    an earlier break. again: the graph was captured for another module before.
+    an earlier break. again: the graph was captured for another module before. embeddings: the modules that lay out tokens.
     """
 
     program: Program
     recognition: Recognition
     misses: list[NearMiss]
     patches: list[PatchEmbedding]
+    embeddings: list[str]
     before: GraphCost
     after: GraphCost
     kernels: list[codegen.Kernel]
@@ -132,6 +133,7 @@ class Rewriter:
             recognition=recognition,
             misses=recognition.misses + self._enclosed(module, qualify),
             patches=patches,
+            embeddings=[qualify(module_path(patch.conv)) for patch in patches],
             before=before,
             after=graph_cost(graph, work.shapes) if changed else before,
             kernels=work.kernels,

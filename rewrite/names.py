@@ -51,7 +51,19 @@ class Names:
     def qualify(self, base: str | None) -> Callable[[str], str]:
         """Module path in a graph -> qualified name in the model."""
         start = self.prefix if base is None else base
-        return lambda path: ".".join(part for part in (start, path) if part)
+        found = self.root.get_submodule(start) if start in dict(self.root.named_modules()) else None
+
+        def name(path: str) -> str:
+            """Steps of the path that are no modules (what a module was reached through) are left out."""
+            parts, module = [start] if start else [], found
+            for part in path.split(".") if path else ():
+                inside = module._modules.get(part) if module is not None else None
+                if module is None or inside is not None:
+                    parts.append(part)
+                    module = inside
+            return ".".join(parts)
+
+        return name
 
     def _owner(self, value: Any) -> str | None:
         if not isinstance(value, nn.Parameter):

@@ -17,7 +17,7 @@ from torch.utils import _python_dispatch
 
 from rewrite.breaks import Break
 from rewrite.carried import Carried, Handover
-from rewrite.compiled import Call, CompiledGraph, NoCall
+from rewrite.compiled import Call, CompiledGraph, InnerBackend, NoCall
 from rewrite.dry_run import call_original
 from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import ModelCallError, RewriteError
@@ -25,6 +25,7 @@ from rewrite.lower.program import Allowed
 from rewrite.names import Names
 from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
 from rewrite.observers import observers_aside
+from rewrite.watch import MergeWatch
 
 if TYPE_CHECKING:
     from rewrite.session import Session
@@ -110,9 +111,9 @@ def running() -> Call:
 
 
 class Runner:
-    """Runs one module of a session rewritten."""
+    """Runs one module of a session, or one of its methods, rewritten."""
 
-    def __init__(self, session: Session, module: nn.Module, prefix: str) -> None:
+    def __init__(self, session: Session, module: nn.Module, prefix: str, inner: InnerBackend, method: str | None = None) -> None:
         self.session = session
         rewriter = Rewriter(
             passes=session.passes,
@@ -123,7 +124,7 @@ class Runner:
         )
 
         def backend(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            compiled = CompiledGraph(graph_module, rewriter, session.backend, running, session.record)
+            compiled = CompiledGraph(graph_module, rewriter, inner, running, session.record)
             try:
                 compiled.prepare(inputs)
             except RewriteError as error:
@@ -131,12 +132,14 @@ class Runner:
                 raise
             return compiled
 
-        self.compiled = torch.compile(_own_function(module), backend=backend)
+        self.compiled = torch.compile(_own_function(module, method), backend=backend)
 
-    def run(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """The module's result, computed by its rewritten graphs."""
+    def run(self, arguments: tuple[Any, ...], keywords: dict[str, Any], watch: MergeWatch | None = None) -> Any:
+        """The module's result, computed by its rewritten graphs. `watch` saw what was done to the arguments outside of graphs."""
         session = self.session
         call = RunningCall(session, given={id(slot.tensor): slot.tensor for slot in slots((arguments, keywords))})
+        if watch is not None:
+            call.handover, call.merged, watch.ran = watch.handover, watch.ran, True
         replaced = list(_put_stand_ins(session.notes, call, (arguments, keywords)))
         ACTIVE.call = call
         try:
@@ -162,11 +165,11 @@ class Runner:
         return result
 
 
-def _own_function(module: nn.Module) -> Callable[..., Any]:
-    """A function that calls the module, with a code object of its own: Dynamo's caches and limits are per code object."""
+def _own_function(module: nn.Module, method: str | None) -> Callable[..., Any]:
+    """A function that calls the module, or a method, with a code object of its own: Dynamo's caches and limits are per code object."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        return call_original(module, arguments, keywords)
+        return call_original(module, arguments, keywords, method)
 
     # A name of its own too: Dynamo remembers by file, line and name which sizes it saw change, and one model's are not another's.
     name = f"rewritten_{next(_NUMBERS)}"

@@ -48,10 +48,10 @@ class Session:
     added: dict[str, Parameter] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
     gridded: set[str] = field(default_factory=set)
+    embeddings: list[str] = field(default_factory=list)
     declined: list[tuple[str, str, str]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
     failure: RewriteError | None = None
-    runner: Runner | None = None
     _pending: dict[str, nn.Parameter] = field(default_factory=dict)
     _recording: bool = False
 
@@ -110,20 +110,28 @@ class Session:
         self._check_fit()
         self.prepared = True
 
-    def warm_up(self, module: nn.Module, prefix: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Run a module as it is, on copies, the first time it is called in a new way.
+    def warm_up(
+        self, module: nn.Module, prefix: str, arguments: tuple[Any, ...], keywords: dict[str, Any], method: str | None = None
+    ) -> None:
+        """Run a module or a method as it is, on copies, the first time it is called in a new way.
 
         Models set things up at such a call (hooks that collect hidden states, say), under locks and in ways that break a capture; a
         broken capture would hide from the layers what was found in front of them.
         """
-        kind = (prefix, self.root.training, len(arguments), frozenset((name, kind_of_call(value)) for name, value in keywords.items()))
+        kind = (
+            prefix,
+            method,
+            self.root.training,
+            len(arguments),
+            frozenset((name, kind_of_call(value)) for name, value in keywords.items()),
+        )
         # With caches that a rewritten call left short the model as it is cannot run; it has run before, or there would be none.
         if kind in self.seen or any(self._is_short(slot) for slot in slots((arguments, keywords))):
             return
         with untouched(self.root):
             ACTIVE.call = RunningCall(self)
             try:
-                call_original(module, copied(arguments), copied(keywords))
+                call_original(module, copied(arguments), copied(keywords), method)
             finally:
                 ACTIVE.call = None
         self.seen.add(kind)
@@ -147,12 +155,13 @@ class Session:
     def _run_recorded(self, arguments: tuple[Any, ...], keywords: dict[str, Any], notes: Sequence[str] = ()) -> None:
         """Run the model rewritten and recorded; once more where a stack of layers turned out to be deeper than its first graph."""
         while True:
-            self.gridded, self.declined = set(), []
+            self.gridded, self.embeddings, self.declined = set(), [], []
             self.report = Report(self.report.passes, notes=list(notes))
             depths = dict(self.depths)
-            self.runner = Runner(self, self.root, "")
+            # What is compiled here is not kept: the ways in, installed afterwards, are part of what Dynamo guards.
+            runner = Runner(self, self.root, "", inner="eager")
             with collected_breaks() as breaks:
-                self.runner.run(copied(arguments), copied(keywords))
+                runner.run(copied(arguments), copied(keywords))
             self.report.breaks = breaks
             if depths == self.depths:
                 return
@@ -162,6 +171,7 @@ class Session:
         if self._recording:
             self.report.add(record)
             self.declined += record.program.declined
+            self.embeddings += record.embeddings
             self.gridded |= {site.name for site in record.program.sites if site.layout.grid is not None}
         else:
             self._check_kept(record)
@@ -223,7 +233,7 @@ class Session:
         return "; ".join(f"{', '.join(sites)}: {reason}" for reason, sites in names.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"proofs": {}, "seen": set(), "failure": None, "runner": None, "_pending": {}, "_recording": False}
+        fresh: dict[str, Any] = {"proofs": {}, "seen": set(), "failure": None, "_pending": {}, "_recording": False}
         return {**self.__dict__, **fresh}
 
 

@@ -198,8 +198,12 @@ def test_entering_behind_the_patch_embedding_is_refused() -> None:
     """Agents are pooled over a grid; a call that does not show it would pool them along a line."""
     inputs = images()
     changed = rewrite(deit(), PASSES, example_inputs=(inputs,))
+    patches = changed.patch_embed(inputs)
     with pytest.raises(ModelCallError, match=r"blocks.0.attn, blocks.1.attn: the grid of these tokens is not known.*call the model itself"):
-        changed.forward_features(inputs)
+        changed.blocks(patches)
+    for part in (changed.blocks[0], changed.blocks[0].attn):
+        with pytest.raises(ModelCallError, match=r"blocks.0.* is one layer of a rewritten model and was called by itself"):
+            part(patches)
     run(changed, inputs)
 
 

@@ -1,0 +1,93 @@
+"""Rewriting takes hold wherever a model is entered: methods, `forward` by name, encoders alone, a language model in `generate()`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.api.small import PASSES, close, deit, images, run
+from tests.models.architectures import rewritten
+from tests.models.corpus.transformers_dual import DUAL
+from tests.models.corpus.transformers_language import LANGUAGE
+
+
+def without_gradients(function: Any, *arguments: Any) -> Any:
+    with torch.no_grad():
+        return function(*arguments)
+
+
+@pytest.fixture(scope="module")
+def changed() -> nn.Module:
+    return rewritten(deit(), PASSES, {"x": images()})
+
+
+def test_features_and_head(changed: nn.Module) -> None:
+    model, inputs = deit(), images()
+    expected = run(changed, inputs)
+    features = without_gradients(changed.forward_features, inputs)
+    assert close(without_gradients(changed.forward_head, features), expected)
+    assert not close(features, without_gradients(model.forward_features, inputs), 1e4)
+
+
+def test_forward_by_name(changed: nn.Module) -> None:
+    assert torch.equal(without_gradients(changed.forward, images()), run(changed, images()))
+
+
+def test_intermediates_layer_by_layer(changed: nn.Module) -> None:
+    final, intermediates = without_gradients(changed.forward_intermediates, images())
+    assert close(final, without_gradients(changed.forward_features, images()))
+    assert len(intermediates) == 2
+
+
+def test_methods_look_as_they_were(changed: nn.Module) -> None:
+    model = deit()
+    for name in ("forward", "forward_features", "forward_intermediates"):
+        assert inspect.signature(getattr(changed, name)) == inspect.signature(getattr(model, name))
+        assert getattr(changed, name).__func__ is getattr(model, name).__func__
+        assert getattr(changed, name).__self__ is changed
+        assert getattr(changed, name).__name__ == name
+    assert list(changed.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_keep_their_ways_in(changed: nn.Module, again: Any) -> None:
+    twin = again(changed)
+    features = without_gradients(changed.forward_features, images())
+    assert torch.equal(without_gradients(twin.forward_features, images()), features)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    assert torch.count_nonzero(without_gradients(twin.forward_features, images())) == 0
+    assert torch.equal(without_gradients(changed.forward_features, images()), features)
+
+
+def test_encoders_of_a_clip() -> None:
+    entry = next(entry for entry in DUAL if entry.name == "clip")
+    model, inputs = entry.build("sdpa"), dict(entry.inputs(2))
+    twin = rewritten(model, ["neighborhood(window=3)"], inputs)
+    with torch.no_grad():
+        together = twin(**inputs)
+        pictures = twin.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        theirs = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        texts = twin.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).pooler_output
+    assert close(pictures / pictures.norm(dim=-1, keepdim=True), together.image_embeds)
+    assert not close(pictures, theirs, 1e4)
+    assert close(texts / texts.norm(dim=-1, keepdim=True), together.text_embeds)
+
+
+def test_vision_tower_of_a_llava_alone() -> None:
+    entry = next(entry for entry in LANGUAGE if entry.name == "llava")
+    model, inputs = entry.build("sdpa"), dict(entry.inputs(2))
+    twin = rewritten(model, ["neighborhood(window=3)"], inputs)
+    with torch.no_grad():
+        alone = twin.model.vision_tower(inputs["pixel_values"]).last_hidden_state
+        theirs = model.model.vision_tower(inputs["pixel_values"]).last_hidden_state
+        by_method = twin.model.vision_tower.forward(inputs["pixel_values"]).last_hidden_state
+    assert torch.equal(alone, by_method)
+    assert not close(alone, theirs, 1e4)
