@@ -19,16 +19,16 @@ from rewrite.recognise.index_algebra import (
     Axis,
     MismatchError,
     back_through,
-    exact_product,
+    exact_products,
     leaves,
     origin,
     resolve,
     size,
 )
 from rewrite.recognise.mixing import Mixture
-from rewrite.recognise.operators import canonical, exact, shape_of, value_of
+from rewrite.recognise.operators import canonical, value_of
 from rewrite.recognise.reading import Part, leaf_symbol
-from rewrite.recognise.region import Layout, Length, NearMissError, Operand, Region, layout_of, reading_layout, shape_in
+from rewrite.recognise.region import Layout, Length, NearMissError, Operand, Region, exact_shape, layout_of, reading_layout, shape_in
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _output(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tu
     if [atom for place in whole for atom in wanted[place]] != flat_out:
         raise NearMissError(f"{node.name} orders its axes in a way that the IR's cannot be brought to")
     order = [*whole, *(place for place, group in enumerate(wanted) if not group)]
-    lengths = shape_in([exact_product(wanted[place]) for place in order], [exact(extent) for extent in shape_of(node) or ()])
+    lengths = shape_in([exact_products(wanted[place]) for place in order], exact_shape(node))
     if lengths is None:
         raise NearMissError(f"{node.name} mixes several indices of symbolic size in one axis")
     return tuple(order), lengths

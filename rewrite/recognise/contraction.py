@@ -10,7 +10,7 @@ from typing import Any
 import sympy
 from torch import fx
 
-from rewrite.recognise.index_algebra import Axes, Axis, fresh
+from rewrite.recognise.index_algebra import Axes, Axis, fresh, unify
 from rewrite.recognise.operators import argument, canonical, hinted_shape
 from rewrite.recognise.region import NearMissError
 
@@ -78,8 +78,10 @@ def contract(node: fx.Node) -> Contraction:
         raise NearMissError(f"{node.name} contracts a vector")
     lead = tuple(fresh(f"batch{place}", extent) for place, extent in enumerate(hinted_shape(node)[:-2]))
     rows, columns, inner = fresh("row", left_shape[-2]), fresh("column", right_shape[-1]), fresh("inner", left_shape[-1])
+    same = fresh("inner", right_shape[-2])
+    unify(inner, same)
     left_axes = (*broadcast(lead, left_shape[:-2]), rows, inner)
-    right_axes = (*broadcast(lead, right_shape[:-2]), inner, columns)
+    right_axes = (*broadcast(lead, right_shape[:-2]), same, columns)
     out = (*lead, rows, columns)
     added = None
     if isinstance(bias, fx.Node) and beta != 0:
@@ -105,6 +107,10 @@ def _contract_einsum(node: fx.Node) -> Contraction:
         for letter, extent in zip(letters, shape, strict=True):
             sizes[letter] = extent if sizes.get(letter, 1) == 1 else sizes[letter]
     atoms: dict[str, Axis] = {letter: fresh(letter, extent) for letter, extent in sizes.items()}
+    for letters, shape in zip(names, shapes, strict=True):
+        for letter, extent in zip(letters, shape, strict=True):
+            if extent != 1:
+                unify(atoms[letter], fresh(letter, extent))
     axes = [
         tuple(atoms[letter] if extent != 1 else () for letter, extent in zip(*pair, strict=True))
         for pair in zip(names, shapes, strict=True)

@@ -18,6 +18,7 @@ from rewrite.recognise.index_algebra import (
     leaves,
     regroup,
     size,
+    unify,
 )
 from rewrite.recognise.operators import argument, hinted_shape, shape_of, value_of
 from rewrite.recognise.reading import leaf_symbol
@@ -67,6 +68,8 @@ def fused_attention(node: fx.Node) -> Region:
             score += leaf_symbol("t0")
     if argument(node, "is_causal", False):
         mask = sympy.And(mask, J <= I)
+    value_columns = fresh("j", shapes[2][-2])
+    unify(columns, value_columns)
     query_axes = (*leading(shapes[0]), rows, inner)
     key_axes = (*leading(shapes[1]), columns, inner)
     return assemble(
@@ -74,7 +77,7 @@ def fused_attention(node: fx.Node) -> Region:
         output=node,
         query=(query, query_axes),
         key=(key, key_axes),
-        value=(value, (*leading(shapes[2]), columns, width)),
+        value=(value, (*leading(shapes[2]), value_columns, width)),
         families=(lead, rows, columns, inner, width),
         out_axes=(*lead, rows, width),
         form=Form(score=score, mask=mask, tensors=extra, dropout=_rate(node)),

@@ -7,6 +7,7 @@ an index if they hold the same atom, however each was laid out.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,17 +23,24 @@ from rewrite.recognise.operators import Extent, canonical, hinted_shape
 class Atom:
     """One index and its size; `parts` holds the finer atoms it was split into, slowest first.
 
-    exact: the size where it is symbolic, as an expression in the symbols of the trace.
+    exact: the size where it is symbolic, as an expression in the symbols of the trace; also: other expressions for it, where an operator
+    that takes two tensors is known to need them equal (the lengths of keys and of values that come from two caches).
     """
 
     label: str
     size: int
     parts: list[Atom] = field(default_factory=list)
     exact: sympy.Expr = field(default=sympy.S.Zero)
+    also: list[sympy.Expr] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.exact = exact_size(self.size) if self.exact == 0 else self.exact
         self.size = int(self.size)
+
+    @property
+    def exacts(self) -> tuple[sympy.Expr, ...]:
+        """All that the size is known to be."""
+        return (self.exact, *self.also)
 
     def __repr__(self) -> str:
         return f"{self.label}:{self.size}"
@@ -77,6 +85,11 @@ def exact_product(axis: Axis) -> sympy.Expr:
     return sympy.Mul(*(atom.exact for atom in axis))
 
 
+def exact_products(axis: Axis) -> tuple[sympy.Expr, ...]:
+    """All that the size of an axis is known to be."""
+    return tuple(sympy.Mul(*factors) for factors in itertools.product(*(atom.exacts for atom in axis)))
+
+
 def _split(atom: Atom, outer: int, exact: sympy.Expr | None = None) -> None:
     """Split an atom into (outer, size / outer)."""
     if atom.size % outer:
@@ -106,7 +119,7 @@ def regroup(axes: Axes, shape: Sequence[int]) -> Axes:
             if atom.size <= left and left % atom.size == 0:
                 taken.append(atom)
                 left //= atom.size
-                exact = _quotient(exact, atom.exact)
+                exact = min((_quotient(exact, known) for known in atom.exacts), key=lambda left: len(left.free_symbols))
             else:
                 outer = math.gcd(atom.size, left)
                 if outer == 1 or outer != left:
@@ -133,6 +146,7 @@ def unify(one: Axis, other: Axis) -> None:
         if a is b:
             continue
         if a.size == b.size:
+            a.also += [known for known in b.exacts if known not in a.exacts]
             b.parts = [a]
         elif a.size > b.size:
             _split(a, b.size, b.exact)

@@ -11,7 +11,7 @@ from torch import fx
 
 from rewrite.ir.expression import INDICES
 from rewrite.ir.operations import Attend
-from rewrite.recognise.index_algebra import Atom, Axes, Axis, exact_product, leaves, resolve
+from rewrite.recognise.index_algebra import Atom, Axes, Axis, exact_product, exact_products, leaves, resolve
 from rewrite.recognise.operators import exact, shape_of
 
 
@@ -72,14 +72,22 @@ def viewed(tensor: torch.Tensor, shape: object) -> torch.Tensor:
     return tensor.reshape([tensor.shape[n.axis] // n.divisor if isinstance(n, SizeOf) else n for n in shape])
 
 
-def shape_in(source: Sequence[sympy.Expr], target: Sequence[sympy.Expr]) -> tuple[Length, ...] | None:
-    """The lengths `target` of a view of a tensor of the lengths `source`; None where they cannot be told from these."""
+Lengths = Sequence[Sequence[sympy.Expr]]
+
+
+def shape_in(source: Lengths, target: Lengths) -> tuple[Length, ...] | None:
+    """The lengths `target` of a view of a tensor of the lengths `source`, each given as all that it is known to be.
+
+    None where they cannot be told from these.
+    """
     lengths: list[Length] = []
     for wanted in target:
-        if wanted.is_Integer:
-            lengths.append(int(wanted))
+        number = next((known for known in wanted if known.is_Integer), None)
+        if number is not None:
+            lengths.append(int(number))
             continue
-        ratios = [(axis, sympy.cancel(extent / wanted)) for axis, extent in enumerate(source)]
+        pairs = ((axis, extent, known) for axis, extents in enumerate(source) for extent in extents for known in wanted)
+        ratios = [(axis, sympy.cancel(extent / known)) for axis, extent, known in pairs]
         own = [SizeOf(axis, int(ratio)) for axis, ratio in ratios if ratio.is_Integer and ratio > 0]
         # A length that is no axis of the tensor is what is left over; there can be one.
         if not own and -1 in lengths:
@@ -141,11 +149,16 @@ def layout_of(node: fx.Node, axes: Axes, groups: tuple[Axis, ...]) -> Layout:
         return _permuted(axes, present)
     flat = [atom for axis in axes for atom in axis]
     order = tuple(flat.index(atom) for group in present for atom in group)
-    split = shape_in([exact(extent) for extent in shape_of(node) or ()], [atom.exact for atom in flat])
-    merged = shape_in([flat[place].exact for place in order], [exact_product(group) for group in present])
+    split = shape_in(exact_shape(node), [atom.exacts for atom in flat])
+    merged = shape_in([flat[place].exacts for place in order], [exact_products(group) for group in present])
     if split is None or merged is None:
         raise NearMissError(f"{node.name} mixes several indices of symbolic size in one axis")
     return Layout(order=order, split=split, merged=merged)
+
+
+def exact_shape(node: fx.Node) -> Lengths:
+    """The lengths of a tensor, for `shape_in`."""
+    return [(exact(extent),) for extent in shape_of(node) or ()]
 
 
 def _permuted(axes: Axes, present: list[Axis]) -> Layout:
