@@ -10,6 +10,7 @@ from typing import Any, Literal
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+import codegen
 from rewrite.breaks import Break
 from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritten_cost
 from rewrite.engine import Record
@@ -92,8 +93,20 @@ class Report:
             if entry.site.name in record.lowered:
                 self.total_after += GraphCost(after.multiply_adds, after.bytes)
             self.sites.append(self._site(entry, record, before, after))
+        self._without_kernels(record)
         self._tokens(record)
         self.near_misses += [NearMissReport(miss.module, miss.node, miss.reason) for miss in record.misses]
+
+    def _without_kernels(self, record: Record) -> None:
+        """Say which rewritten sites have no Triton form, and why: they run in torch operators on a GPU too."""
+        reasons: dict[str, list[str]] = {}
+        for site in record.program.sites:
+            for attend in site.body.attends() if site.name in record.lowered else ():
+                reason = codegen.has_triton_form(attend)
+                if reason is not None:
+                    reasons.setdefault(reason, []).append(site.name)
+        notes = (f"{', '.join(names)} run in torch operators on every device, without a kernel: {why}" for why, names in reasons.items())
+        self.notes += [note for note in notes if note not in self.notes]
 
     def _site(self, entry: Found, record: Record, before: Cost, after: Cost) -> SiteReport:
         site, cut = entry.site, record.cut.get(entry.site.name, "")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from rewrite import Report, explain, kernels, rewrite
+from rewrite import Fits, Pass, Report, Site, explain, kernels, rewrite
 from tests.api.small import PASSES, deit, images, run
 from tests.models.architectures import llava, llava_inputs
 
@@ -104,3 +105,29 @@ def test_kernels() -> None:
     compiled = kernel.compile("sm_90", torch.bfloat16, head_dim=16)
     assert ".target sm_90" in compiled.ptx
     assert compiled.spills == 0
+
+
+@dataclass(frozen=True)
+class Doubled(Pass):
+    """Doubles every score, of whatever attention."""
+
+    name, family, paper, formula = "doubled", "redistribute", "none; a test", "softmax(2 score) v"
+    fits = Fits(unusual=True, kinds=frozenset({"self", "cross"}))
+
+    def transform(self, site: Site) -> Site:
+        return site.with_operations(replace(site.attend, score=2 * site.attend.score))
+
+
+def test_what_has_no_kernel_is_said() -> None:
+    """CaiT mixes its heads, which no kernel of one head can do; its class attention does not."""
+    import timm
+
+    small = {"img_size": 64, "embed_dim": 48, "num_heads": 3, "depth": 1, "depth_token_only": 1}
+    model = timm.create_model("cait_xxs24_224", **small).eval()
+    with torch.no_grad():
+        report = explain(model, (images(1, 64, 64),), [Doubled()])
+    assert report.counts()["rewritten"] == 2
+    (note,) = [note for note in report.notes if "without a kernel" in note]
+    assert note.startswith("blocks.0.attn run in torch operators")
+    assert "mixes heads" in note
+    assert note in str(report)
