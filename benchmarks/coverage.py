@@ -16,7 +16,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -40,8 +39,8 @@ MODELS_PER_WORKER = 20
 Row = dict[str, Any]
 
 
-def measure(name: str, counted: dict[str, int] | None) -> tuple[Row, dict[str, int]]:
-    """One model's row, and Inductor's counts by batch; those are `counted` where they are known already."""
+def measure(task: tuple[str, dict[str, int] | None]) -> tuple[Row, dict[str, int]]:
+    """One model's row, and Inductor's counts by batch; the task is its name and the counts where they are known already."""
     import tests.conftest  # noqa: F401  a torchvision that imports
     from benchmarks.inductor_patterns import replaced_by_inductor
     from tests.models.corpus.cases import BY_NAME
@@ -49,6 +48,7 @@ def measure(name: str, counted: dict[str, int] | None) -> tuple[Row, dict[str, i
     from tests.models.corpus.survey import size_differences, survey
 
     torch.set_num_threads(1)
+    name, counted = task
     entry = BY_NAME[name]
     written_out = entry.implementations[-1]
     counts = dict(counted or {})
@@ -93,18 +93,13 @@ def keep(path: Path, row: Row) -> None:
 def measure_all(names: Iterable[str], console: Console) -> None:
     """Measure the named models, `WORKERS` at a time, and keep each as soon as it is done."""
     counted = kept(PATTERNS)
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), max_tasks_per_child=MODELS_PER_WORKER) as pool:
-        running = {pool.submit(measure, name, counted.get(name, {}).get("counts")): name for name in names}
-        for done in track(as_completed(running), "models", total=len(running), console=console):
-            name = running[done]
-            try:
-                row, counts = done.result()
-            except Exception as error:
-                console.print(f"{name}: {error!r}", markup=False)
-                continue
+    tasks = [(name, counted.get(name, {}).get("counts")) for name in names]
+    # Not concurrent.futures, whose workers are not replaced once all tasks are handed out (cpython issue 115634).
+    with get_context("spawn").Pool(WORKERS, maxtasksperchild=MODELS_PER_WORKER) as pool:
+        for row, counts in track(pool.imap_unordered(measure, tasks), "models", total=len(tasks), console=console):
             keep(READ, row)
-            if name not in counted and counts:
-                keep(PATTERNS, {"name": name, "counts": counts})
+            if row["name"] not in counted and counts:
+                keep(PATTERNS, {"name": row["name"], "counts": counts})
 
 
 def page() -> str:

@@ -16,6 +16,7 @@ from rewrite.engine import copy_graph
 from rewrite.ir.site import Site
 from rewrite.recognise.regions import NearMiss
 from rewrite.recognise.sites import Found, Recognition, recognise
+from rewrite.runner import _LIMITS as LIMITS
 from rewrite.runner import CAPTURE_ERRORS
 from rewrite.session import _SETTINGS as SETTINGS
 from tests.models.corpus.entry import Entry, Sites
@@ -90,20 +91,23 @@ def captured(
 
     fresh: called in front of the second attempt.
     """
-    with warnings.catch_warnings():
+    told = ""
+    with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
-        with torch.no_grad():
-            model(**inputs)
-            torch._dynamo.reset()
+        model(**inputs)
+        torch._dynamo.reset()
+        for settings in (SETTINGS, {}):
             try:
-                with torch._dynamo.config.patch(SETTINGS):
+                with torch._dynamo.config.patch({**settings, **LIMITS}):
                     torch.compile(model, backend=backend)(**inputs)
+                break
             except CAPTURE_ERRORS as error:
-                torch._dynamo.reset()
-                fresh()
-                torch.compile(model, backend=backend)(**inputs)
-                return str(error).strip().splitlines()[0]
-    return ""
+                if not settings:
+                    raise
+                told = str(error).strip().splitlines()[0]
+            torch._dynamo.reset()
+            fresh()
+    return told
 
 
 def survey(entry: Entry, implementation: str, batch: int, symbolic: bool = False, also: Hook | None = None) -> Survey:
