@@ -137,8 +137,19 @@ class CompiledGraph:
     def _compiled(self, module: fx.GraphModule) -> Callable[..., Any]:
         if self.inner == "eager":
             return module.forward
-        # Compiled at its first call and by itself: the rewritten graph's shapes are not those the capture traced.
-        return torch.compile(module, backend=self.inner)
+        # Compiled at its first call and by itself: the rewritten graph's shapes are not those the capture traced. What the capture knows to
+        # change is said to it, or it would compile once for the sizes of the first call and again for all others.
+        dynamic = [(index, axis) for index, node in enumerate(self._placeholders()) for axis in _changing(node)]
+        numbers = ",".join(f"L['{node.target}']" for node in self._placeholders() if isinstance(value_of(node), torch.SymInt))
+        compiled = torch.compile(module, backend=self.inner)
+
+        def run(*values: Any) -> Any:
+            for index, axis in dynamic:
+                torch._dynamo.maybe_mark_dynamic(values[index], axis)
+            with torch.compiler.config.patch(dynamic_sources=numbers):  # type: ignore[attr-defined]
+                return compiled(*values)
+
+        return run
 
     def __call__(self, *inputs: Any) -> Any:
         variant = self.prepare(inputs)
@@ -169,6 +180,12 @@ class CompiledGraph:
     def _note(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> None:
         length = known.get("length", entry.shape[-2])
         call.produce(entry, Note(known.get("positions"), int(length), known.get("groups")))
+
+
+def _changing(node: fx.Node) -> list[int]:
+    """The axes of an input that a capture knows to change from call to call."""
+    value = value_of(node)
+    return [axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)] if isinstance(value, torch.Tensor) else []
 
 
 def dict_of(produced: Sequence[Any], values: Sequence[Any]) -> dict[int, dict[str, Any]]:

@@ -16,6 +16,9 @@ _PROJECTIONS = frozenset({"linear", "conv", "addmm"})
 # Per-token normalisation and what does not change the tokens: the walk from a projection to the residual stream goes through these.
 _NORMALISATION = frozenset({"layer_norm", "rms_norm", "cast", "dropout", "contiguous", "clone"})
 
+# What makes tokens of tokens one by one, but for projections.
+_TOKEN_BY_TOKEN = _NORMALISATION | {"add", "sub", "mul", "div", "clamp", "clamp_min", "clamp_max", "relu"}
+
 
 def is_parameter(node: fx.Node) -> bool:
     """True for a placeholder or attribute that holds a parameter or buffer of the model."""
@@ -45,12 +48,18 @@ def _projected(node: fx.Node) -> fx.Node | None:
     """What a projection projects: its input, or the operand of a product that is no parameter while the other is one."""
     name = canonical(node)
     if name in ("linear", "conv"):
-        return node.args[0] if isinstance(node.args[0], fx.Node) else None
+        return node.args[0] if isinstance(node.args[0], fx.Node) and not _keeps_channels_apart(node) else None
     if name not in ("addmm", "matmul"):
         return None
     factors = [operand for operand in node.args[-2:] if isinstance(operand, fx.Node)]
     own = [factor for factor in factors if not _of_parameters(factor)]
     return own[0] if len(factors) == 2 and len(own) == 1 else None
+
+
+def _keeps_channels_apart(node: fx.Node) -> bool:
+    """True for a depthwise convolution: it filters what was projected."""
+    weight = argument(node, "weight", node.args[1] if len(node.args) > 1 else None)
+    return canonical(node) == "conv" and isinstance(weight, fx.Node) and hinted_shape(weight)[0] > 1 == hinted_shape(weight)[1]
 
 
 def _of_parameters(node: fx.Node) -> bool:
@@ -123,6 +132,33 @@ def _same_tokens(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 def self_source(region: Region) -> fx.Node | None:
-    """The tensor that both queries and keys were projected from, or None where they have no source in common (cross-attention)."""
-    common = sources(region.query.node) & sources(region.key.node)
-    return min(common) if common else None
+    """The tensor that both queries and keys were projected from, or None where they have no source in common (cross-attention).
+
+    Where each was projected from a tensor of its own (bounds or positions of its own), the tensor that both of these were made of, token by
+    token.
+    """
+    own, other = sources(region.query.node), sources(region.key.node)
+    common = own & other
+    if common:
+        return min(common)
+    if region.sizes["Nq"] != region.sizes["Nk"]:
+        return None
+    common = _made_of(own) & _made_of(other)
+    return max(common) if common else None
+
+
+def _made_of(tensors: set[fx.Node]) -> set[fx.Node]:
+    """The tensors, and those that they were made of without tokens being mixed, up to the projections in front of them."""
+    found, stack = set(tensors), list(tensors)
+    while stack:
+        node = stack.pop()
+        if canonical(node) not in _TOKEN_BY_TOKEN:
+            continue
+        operands = [previous for previous in node.all_input_nodes if isinstance(value_of(previous), torch.Tensor)]
+        shape = hinted_shape(node)
+        for previous in operands:
+            # Positions and parameters are no stream of tokens: nothing was projected to make them.
+            if previous not in found and hinted_shape(previous) == shape and not is_parameter(previous) and sources(previous):
+                found.add(previous)
+                stack.append(previous)
+    return found

@@ -235,10 +235,15 @@ def _permuted(axes: Axes, sizes: Sequence[int], order: Sequence[int]) -> tuple[A
     return tuple(axes[i] for i in order), [sizes[i] for i in order]
 
 
+def _numbers(shape: Sequence[Any], sizes: Sequence[int]) -> tuple[int, ...]:
+    """A shape to view a tensor of `sizes` as; an entry may say of which axis it is the length, divided by what."""
+    return tuple(entry if isinstance(entry, int) else sizes[entry.axis] // entry.divisor for entry in shape)
+
+
 _STEPS: dict[str, Any] = {
     "squeeze": _squeezed,
     "permute": _permuted,
-    "reshape": lambda axes, sizes, shape: (regroup(axes, sizes, shape), shape),
+    "reshape": lambda axes, sizes, shape: (regroup(axes, sizes, _numbers(shape, sizes)), _numbers(shape, sizes)),
     "unsqueeze": lambda axes, sizes, dim: ((*axes, ()), [*sizes, 1]),
 }
 

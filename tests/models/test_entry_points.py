@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from torch import nn
 
 from tests.api.small import PASSES, close, deit, images, run
 from tests.models.architectures import rewritten
+from tests.models.corpus.transformers_bridged import BRIDGED
 from tests.models.corpus.transformers_dual import DUAL
 from tests.models.corpus.transformers_language import LANGUAGE
+from tests.models.corpus.transformers_parts import PICTURE
+from tests.models.oracles import visual_masked_from
 
 
 def without_gradients(function: Any, *arguments: Any) -> Any:
@@ -91,3 +95,18 @@ def test_vision_tower_of_a_llava_alone() -> None:
         by_method = twin.model.vision_tower.forward(inputs["pixel_values"]).last_hidden_state
     assert torch.equal(alone, by_method)
     assert not close(alone, theirs, 1e4)
+
+
+def test_a_language_model_that_generate_calls_directly() -> None:
+    """BLIP-2's `generate()` merges the picture in its own code and calls its language model, never `forward`; with beams too."""
+    entry = next(entry for entry in BRIDGED if entry.name == "blip-2")
+    model, inputs = entry.build("sdpa"), dict(entry.inputs(2))
+    twin = rewritten(model, ["token_exit(layer=1)"], inputs)
+    # The oracle looks for the layers elsewhere.
+    holder = SimpleNamespace(model=SimpleNamespace(language_model=model.language_model.model.decoder))
+    for options in ({}, {"num_beams": 3}):
+        visual = (inputs["input_ids"] == PICTURE).repeat_interleave(options.get("num_beams", 1), 0)
+        with visual_masked_from(holder, 1, visual):
+            expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
+        assert torch.equal(twin.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
+        assert not torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
