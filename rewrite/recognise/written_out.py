@@ -230,8 +230,8 @@ def _leading(axes: Axes, rows: Axis, normalised: Axis) -> Axes:
 def _channels(operand: tuple[fx.Node, Axes], depth: Axis) -> set[Atom]:
     """The indices that channels hold beside `depth` somewhere in front of an operand, which are heads.
 
-    Either one axis runs over both ([B, N, H * D]), or an index stands behind an axis of size one, the batch ([1, H, N, D]). Going back
-    through the views also tells apart what they merged.
+    Either one axis runs over both ([B, N, H * D]), or, where that is nowhere so, an index stands behind a batch of one ([1, H, N, D]).
+    Going back through the views also tells apart what they merged.
     """
     node, axes, _ = through_scale(*operand)
     views = [axes]
@@ -242,12 +242,10 @@ def _channels(operand: tuple[fx.Node, Axes], depth: Axis) -> set[Atom]:
         node, axes = step
         views.append(axes)
     inner = set(leaves(depth))
-    found: set[Atom] = set()
-    for view in map(resolve, views):
-        found |= {atom for axis in view if inner & set(axis) for atom in axis if atom not in inner}
-        if len(view) > 3 and not view[0]:
-            found |= {atom for axis in view[1:-2] for atom in axis if len(view) == 4 and atom not in inner}
-    return found
+    resolved = [resolve(view) for view in views]
+    beside = {atom for view in resolved for axis in view if inner & set(axis) for atom in axis if atom not in inner}
+    behind_batch = (view[1] for view in resolved if len(view) == 4 and not view[0] and inner in (set(view[-1]), set(view[-2])))
+    return beside or {atom for axis in behind_batch for atom in axis if atom not in inner}
 
 
 def _rows(alone: list[Atom], channels: set[Atom], out: Axes) -> Axis:

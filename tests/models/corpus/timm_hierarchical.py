@@ -101,11 +101,13 @@ WINDOWED: tuple[Entry, ...] = (
         forms=("window partition", "pooled queries", "fused qkv"), note="padded to windows where they do not divide the grid",
     ),
     timm_entry(
-        "hiera_tiny_224", Sites(1, "MaskUnitAttention", 64, 64, 1), Sites(1, "MaskUnitAttention", 16, 64, 2),
-        Sites(1, "MaskUnitAttention", 16, 16, 2), Sites(1, "MaskUnitAttention", 4, 16, 4), Sites(2, "MaskUnitAttention", 196, 196, 4),
-        Sites(1, "MaskUnitAttention", 49, 196, 8), Sites(1, "MaskUnitAttention", 49, 49, 8), stages=(1, 2, 3, 2),
+        "hiera_tiny_224", Sites(1, "MaskUnitAttention", 64, 64, 1, grid=(56, 56), window=(8, 8)),
+        Sites(1, "MaskUnitAttention", 16, 64, 2, grid=(28, 28), window=(4, 4)),
+        Sites(1, "MaskUnitAttention", 16, 16, 2, grid=(28, 28), window=(4, 4)),
+        Sites(1, "MaskUnitAttention", 4, 16, 4, grid=(14, 14), window=(2, 2)), Sites(2, "MaskUnitAttention", 196, 196, 4, grid=(14, 14)),
+        Sites(1, "MaskUnitAttention", 49, 196, 8, grid=(7, 7)), Sites(1, "MaskUnitAttention", 49, 49, 8, grid=(7, 7)), stages=(1, 2, 3, 2),
         forms=("window partition", "pooled queries", "fused qkv"),
-        note="tokens are unrolled, each mask unit's at a stride, so no stream is a grid row by row; queries are pooled by a maximum",
+        note="tokens are unrolled, each mask unit's at a stride, so that no stream is its grid row by row; queries are pooled by a maximum",
     ),
 )  # fmt: skip
 
