@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from torch import fx
 
-from rewrite.recognise.contraction import broadcast
-from rewrite.recognise.index_algebra import Atom, Axes, Axis, MismatchError, back_through, fresh, resolve
+from rewrite.recognise.index_algebra import Atom, Axes, Axis, MismatchError, back_through, fresh, resolve, size
 from rewrite.recognise.operators import argument, canonical, hinted_shape, shape_of
 
-# What leaves every axis where it is.
-_KEEPS_AXES = frozenset(
-    {"add", "sub", "mul", "div", "cast", "contiguous", "clone", "dropout", "layer_norm", "rms_norm", "normalize", "clamp_min", "relu"}
-)
+# What computes over axes; everything else that keeps a tensor's shape leaves each axis where it is.
+_COMPUTES = frozenset({"matmul", "baddbmm", "einsum", "attention", "assigned"})
 
 
 def runs_over_channels(node: fx.Node, axes: Axes, index: Axis) -> bool:
@@ -39,9 +36,12 @@ def _before(node: fx.Node, axes: Axes, wanted: set[Atom]) -> tuple[fx.Node, Axes
     source = next(iter(node.all_input_nodes), None)
     if canonical(node) == "getitem" and source is not None:
         return _whole(node, source, axes, wanted)
-    if source is None or canonical(node) not in _KEEPS_AXES or len(shape_of(source) or ()) != len(axes):
+    if canonical(node) == "cat" and source is not None:
+        return source, _resized(source, axes, wanted)
+    shape = shape_of(node)
+    if source is None or shape is None or shape_of(source) != shape or canonical(node) in _COMPUTES:
         return None
-    return source, broadcast(axes, hinted_shape(source))
+    return source, axes
 
 
 def _whole(node: fx.Node, source: fx.Node, axes: Axes, wanted: set[Atom]) -> tuple[fx.Node, Axes] | None:
@@ -56,13 +56,15 @@ def _whole(node: fx.Node, source: fx.Node, axes: Axes, wanted: set[Atom]) -> tup
         return cut, (*axes[:dim], fresh("part", hinted_shape(cut)[dim]), *axes[dim:])
     if len(shape) != len(axes):
         return None
+    return cut, _resized(cut, axes, wanted)
+
+
+def _resized(other: fx.Node, axes: Axes, wanted: set[Atom]) -> Axes:
+    """The axes of a tensor that differs in the length of some; such a one is a new index, wanted where the old one was."""
     found: list[Axis] = []
-    for axis, extent in zip(resolve(axes), hinted_shape(cut), strict=True):
-        held = 1
-        for atom in axis:
-            held *= atom.size
-        new = axis if held == extent else fresh("whole", extent)
+    for axis, extent in zip(resolve(axes), hinted_shape(other), strict=True):
+        new = axis if size(axis) == extent else fresh("resized", extent)
         if new is not axis and wanted & set(axis):
             wanted |= set(new)
         found.append(new)
-    return cut, tuple(found)
+    return tuple(found)

@@ -11,6 +11,7 @@ from torch import fx
 
 from rewrite.ir.expression import QK, W
 from rewrite.recognise.assemble import Form, assemble, view_undone
+from rewrite.recognise.channels import runs_over_channels
 from rewrite.recognise.contraction import CONTRACTIONS, Contraction, contract, number
 from rewrite.recognise.index_algebra import Atom, Axes, Axis, fresh, leaves, resolve, unify
 from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
@@ -58,12 +59,16 @@ def _linear(product: fx.Node, output: fx.Node, epsilon: float, normalised: bool)
     columns = tuple(atom for axis in resolve(key[1]) for atom in axis if atom in tokens)
     width_atoms = _atoms(value[1]) - _atoms(key[1])
     rows_atoms = _atoms(query_axes) - _atoms(key[1]) - _atoms(value[1])
+    if not runs_over_channels(key[0], key[1], depth):
+        return None  # maps of rows and of columns multiply a picture so, and neither attends
     out = resolve(outer.out)
     width = tuple(atom for axis in out for atom in axis if atom in width_atoms)
     # Heads that share keys are the queries' own, as their tokens are; tokens are the last of them in the result.
     places = [axis for axis in out if set(axis) & rows_atoms and not set(axis) & set(width)]
     rows: Axis = places[-1] if places else ()
-    lead = tuple(axis for axis in out if not set(axis) & (set(rows) | set(width)) and axis)
+    others = [axis for axis in out if not set(axis) & (set(rows) | set(width))]
+    del others[len(out) - 2 :]  # axes of one token or one channel
+    lead = tuple(others)
     out_axes: Axes = outer.out
     if normalised:
         ones = _without_ones(value)

@@ -85,12 +85,8 @@ MOBILE: tuple[Entry, ...] = (
         "cpubone_b0_bfrobust", tokens(3, "ConvAttention", 7, 2), tokens(4, "ConvAttention", 7, 4), forms=("plain", "fused qkv"),
         note="as lowformer_b0",
     ),
-    timm_entry(
-        "csatv2", tokens(2, "Attention", 8, 8), tokens(2, "Attention", 4, 8), Sites(14, "SpatialTransformerBlock", 2, 2, 1), size=256,
-        forms=("plain", "fused qkv"),
-        note="SpatialTransformerBlock's queries and keys are (batch, tokens) matrices, so the pictures of a batch attend to each other: "
-        "its 2 queries and 2 keys are a batch of two, and its input, a LayerNorm of one channel, is constant; it has no fused form",
-    ),
+    # csatv2 is left out: the queries and keys of its SpatialTransformerBlock are (batch, tokens) matrices, so that the pictures of a batch
+    # attend to each other, and at a batch of one it has no attention there.
 )  # fmt: skip
 
 RESIDUAL: tuple[Entry, ...] = (
