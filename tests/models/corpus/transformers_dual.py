@@ -180,7 +180,8 @@ DUAL: tuple[Entry, ...] = (
         "groupvit", made("GroupViTModel", "GroupViTConfig", text_config=TEXT, vision_config=GROUP_VISION, projection_dim=64,
             projection_intermediate_dim=64),
         pair(), (
-            Sites(1, "GroupViTAttention", 65, 65, 4, grid=(7, 7)), Sites(1, "GroupViTAttention", 24, 24, 4), Sites(1, "GroupViTAttention", 8, 8, 4),
+            Sites(1, "GroupViTAttention", 65, 65, 4, grid=(7, 7)),
+            Sites(1, "GroupViTAttention", 24, 24, 4), Sites(1, "GroupViTAttention", 8, 8, 4),
             Sites(1, "GroupViTAttention", 16, 49, 4, "cross"), Sites(1, "GroupViTAttention", 8, 16, 4, "cross"),
             Sites(1, "GroupViTAssignAttention", 16, 49, 1, "cross"), Sites(1, "GroupViTAssignAttention", 8, 16, 1, "cross"),
             Sites(2, "GroupViTAttention", 16, 16, 4, causal=True),

@@ -150,8 +150,7 @@ VISION: tuple[Entry, ...] = (
     ),
     Entry(
         "mobilevitv2", made("MobileViTV2Model", "MobileViTV2Config", image_size=128, width_multiplier=0.25, **SPREAD), images(128),
-        unfolded("MobileViTV2LinearSelfAttention", 1, "linear"), EAGER, ("linear attention", "grid partition"),
-        note="one softmax score a token weighs a sum of the keys, which gates every value; " + DILATED,
+        (), EAGER, ("none",), none="one softmax score a token weighs a sum of the keys, which gates every value: no query meets a key",
     ),
     Entry(
         "videomae", made("VideoMAEModel", "VideoMAEConfig", num_frames=4, **VIT), video(4, 56),
