@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +19,11 @@ from rewrite.notes import Note
 from rewrite.recognise.operators import value_of
 
 InnerBackend = str | Callable[..., Any]
+
+# Scoped to our own calls: they let what depends on data stay in one graph, the merge of visual features with the layers that follow.
+WHOLE_GRAPHS: dict[str, Any] = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+
+_NUMBERS = itertools.count()
 
 
 class Call(Protocol):
@@ -140,13 +147,14 @@ class CompiledGraph:
         # Compiled at its first call and by itself: the rewritten graph's shapes are not those the capture traced. What the capture knows to
         # change is said to it, or it would compile once for the sizes of the first call and again for all others.
         dynamic = [(index, axis) for index, node in enumerate(self._placeholders()) for axis in _changing(node)]
-        numbers = ",".join(f"L['{node.target}']" for node in self._placeholders() if isinstance(value_of(node), torch.SymInt))
-        compiled = torch.compile(module, backend=self.inner)
+        numbers = [index for index, node in enumerate(self._placeholders()) if isinstance(value_of(node), torch.SymInt)]
+        sources = ",".join(f"L['values'][{index}]" for index in numbers)
+        compiled = torch.compile(_function_of(module), backend=self.inner)
 
         def run(*values: Any) -> Any:
             for index, axis in dynamic:
                 torch._dynamo.maybe_mark_dynamic(values[index], axis)
-            with torch.compiler.config.patch(dynamic_sources=numbers):  # type: ignore[attr-defined]
+            with torch.compiler.config.patch(dynamic_sources=sources), torch._dynamo.config.patch(**WHOLE_GRAPHS):  # type: ignore[attr-defined]
                 return compiled(*values)
 
         return run
@@ -180,6 +188,19 @@ class CompiledGraph:
     def _note(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> None:
         length = known.get("length", entry.shape[-2])
         call.produce(entry, Note(known.get("positions"), int(length), known.get("groups")))
+
+
+def _function_of(module: fx.GraphModule) -> Callable[..., Any]:
+    """The graph as a function with a code object and a name of its own, which is what Dynamo counts recompilations and remembers sizes by.
+
+    A frame around the graph's own is what Dynamo compiles in any case; the graph's own it leaves alone where it has run before.
+    """
+
+    def call(*values: Any) -> Any:
+        return module(*values)
+
+    name = f"graph_{next(_NUMBERS)}"
+    return types.FunctionType(call.__code__.replace(co_name=name), call.__globals__, name, None, call.__closure__)
 
 
 def _changing(node: fx.Node) -> list[int]:

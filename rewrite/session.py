@@ -13,7 +13,7 @@ from torch import nn
 
 import codegen
 from rewrite.breaks import collected_breaks
-from rewrite.compiled import InnerBackend
+from rewrite.compiled import WHOLE_GRAPHS, InnerBackend
 from rewrite.dry_run import call_original, copied, kind_of_call, untouched
 from rewrite.engine import Record
 from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
@@ -25,10 +25,6 @@ from rewrite.runner import ACTIVE, CAPTURE_ERRORS, Runner, RunningCall
 
 # The prefix of every state_dict key that a pass adds.
 ADDED = "rewrite_added"
-
-# Scoped to our own calls: they let the merge of visual features stay in the same graph as the layers. A model that cannot be traced
-# with them is traced without.
-_SETTINGS: dict[str, Any] = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 
 
 @dataclass(eq=False)
@@ -42,7 +38,7 @@ class Session:
     report: Report = field(default_factory=lambda: Report(()))
     kernels: list[codegen.Kernel] = field(default_factory=list)
     prepared: bool = False
-    settings: dict[str, Any] = field(default_factory=lambda: dict(_SETTINGS))
+    settings: dict[str, Any] = field(default_factory=lambda: dict(WHOLE_GRAPHS))
     notes: CacheNotes = field(default_factory=CacheNotes)
     proofs: dict[str, str | None] = field(default_factory=dict)
     added: dict[str, Parameter] = field(default_factory=dict)
@@ -150,7 +146,7 @@ class Session:
             self.settings = {}
             cause = error.inner_exception if isinstance(error, torch._dynamo.exc.BackendCompilerFailed) else error
             told = str(cause).strip().splitlines()[0]
-            self._run_recorded(arguments, keywords, [f"captured without {' and '.join(_SETTINGS)}, which failed: {told}"])
+            self._run_recorded(arguments, keywords, [f"captured without {' and '.join(WHOLE_GRAPHS)}, which failed: {told}"])
 
     def _run_recorded(self, arguments: tuple[Any, ...], keywords: dict[str, Any], notes: Sequence[str] = ()) -> None:
         """Run the model rewritten and recorded; once more where a stack of layers turned out to be deeper than its first graph."""

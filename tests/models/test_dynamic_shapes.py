@@ -22,9 +22,11 @@ class Compiles:
 
     def __init__(self) -> None:
         self.count = 0
+        self.linears: list[int] = []
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.count += 1
+        self.linears.append(sum(node.target is torch._C._nn.linear for node in graph.graph.nodes))
         return graph.forward
 
     def during(self, calls: Callable[[], Any]) -> int:
@@ -65,6 +67,19 @@ def test_prompts() -> None:
     with torch._dynamo.config.patch(SETTINGS):
         expected = captures(lambda: [run(model, **prompt) for prompt in prompts])
     assert 0 < captures(lambda: [run(changed, **prompt) for prompt in prompts]) <= expected
+
+
+def test_prompts_reach_the_inner_backend_whole() -> None:
+    """The graph from which tokens left is compiled as one, and no more often than the model's own."""
+    prompts = [llava_inputs(text=length) for length in (14, 17, 11, 20)]
+    plain, inner = Compiles(), Compiles()
+    model = torch.compile(llava("sdpa", layers=2, vision_layers=2), backend=plain)
+    changed = rewritten(llava("sdpa", layers=2, vision_layers=2), EXIT, prompts[0], backend=inner)
+    with torch._dynamo.config.patch(SETTINGS):
+        expected = plain.during(lambda: [run(model, **prompt) for prompt in prompts])
+    assert 0 < inner.during(lambda: [run(changed, **prompt) for prompt in prompts]) <= expected
+    # The model as it is comes in several graphs, one with nearly all of it; ours leaves out what nobody reads.
+    assert 2 * min(inner.linears) > max(plain.linears) > 0
 
 
 def test_a_growing_cache() -> None:
