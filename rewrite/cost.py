@@ -17,7 +17,7 @@ from torch import fx
 import codegen
 from rewrite.ir.operations import Attend, DepthwiseConv, Pool
 from rewrite.ir.site import Site
-from rewrite.recognise.operators import canonical, hinted_shape, value_of
+from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
 
 SIZES: Mapping[str, sympy.Symbol] = {
     name: sympy.Symbol(name, integer=True, positive=True)
@@ -142,26 +142,26 @@ def _shape(node: fx.Node, shapes: Shapes) -> list[int]:
 
 
 def _linear(node: fx.Node, shapes: Shapes) -> int:
-    source, weight = node.args[0], node.args[1]
+    source, weight = argument(node, "input"), argument(node, "weight")
     assert isinstance(source, fx.Node)
     assert isinstance(weight, fx.Node)
     return math.prod(_shape(source, shapes)) * hinted_shape(weight)[0]
 
 
 def _matmul(node: fx.Node, shapes: Shapes) -> int:
-    source = node.args[0]
+    source = argument(node, "input")
     assert isinstance(source, fx.Node)
     return math.prod(_shape(node, shapes)) * _shape(source, shapes)[-1]
 
 
 def _baddbmm(node: fx.Node, shapes: Shapes) -> int:
-    left = node.args[1]
+    left = argument(node, "batch1")
     assert isinstance(left, fx.Node)
     return math.prod(_shape(node, shapes)) * _shape(left, shapes)[-1]
 
 
 def _conv(node: fx.Node, shapes: Shapes) -> int:
-    weight = node.args[1]
+    weight = argument(node, "weight")
     assert isinstance(weight, fx.Node)
     return math.prod(_shape(node, shapes)) * math.prod(hinted_shape(weight)[1:])
 

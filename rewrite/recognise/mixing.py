@@ -10,7 +10,7 @@ from torch import fx
 
 from rewrite.recognise.contraction import contract
 from rewrite.recognise.index_algebra import Axes, Axis, leaves, unify
-from rewrite.recognise.operators import canonical, hinted_shape, spelled
+from rewrite.recognise.operators import argument, canonical, hinted_shape, spelled
 from rewrite.recognise.region import NearMissError
 
 
@@ -52,8 +52,7 @@ def _by_einsum(node: fx.Node, axes: Axes, depends: Callable[[fx.Node], bool]) ->
 
 
 def _by_projection(node: fx.Node, axes: Axes, depends: Callable[[fx.Node], bool]) -> tuple[Mixture, fx.Node, Axes]:
-    source, weight = node.args[:2]
-    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    source, weight, bias = (argument(node, name) for name in ("input", "weight", "bias"))
     assert isinstance(source, fx.Node)
     assert isinstance(weight, fx.Node)
     shape = hinted_shape(weight)

@@ -48,7 +48,8 @@ def _projected(node: fx.Node) -> fx.Node | None:
     """What a projection projects: its input, or the operand of a product that is no parameter while the other is one."""
     name = canonical(node)
     if name in ("linear", "conv"):
-        return node.args[0] if isinstance(node.args[0], fx.Node) and not _keeps_channels_apart(node) else None
+        source = argument(node, "input")
+        return source if isinstance(source, fx.Node) and not _keeps_channels_apart(node) else None
     if name not in ("addmm", "matmul"):
         return None
     factors = [operand for operand in node.args[-2:] if isinstance(operand, fx.Node)]
@@ -58,7 +59,7 @@ def _projected(node: fx.Node) -> fx.Node | None:
 
 def _keeps_channels_apart(node: fx.Node) -> bool:
     """True for a depthwise convolution: it filters what was projected."""
-    weight = argument(node, "weight", node.args[1] if len(node.args) > 1 else None)
+    weight = argument(node, "weight")
     return canonical(node) == "conv" and isinstance(weight, fx.Node) and hinted_shape(weight)[0] > 1 == hinted_shape(weight)[1]
 
 
@@ -94,7 +95,8 @@ def residual_stream(projected: fx.Node) -> fx.Node:
     while not any(canonical(user) in ("add", "sub") and hinted_shape(user) == shape for user in _tensor_users(node)):
         previous: fx.Node | None = None
         if canonical(node) in _NORMALISATION:
-            previous = node.args[0] if isinstance(node.args[0], fx.Node) else None
+            source = argument(node, "input", node.args[0] if node.args else None)
+            previous = source if isinstance(source, fx.Node) else None
         elif canonical(node) == "mul":
             full = [entry for entry in node.args if isinstance(entry, fx.Node) and not is_parameter(entry)]
             full = [entry for entry in full if isinstance(value_of(entry), torch.Tensor) and hinted_shape(entry) == shape]

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from rewrite.compiled import WHOLE_GRAPHS as SETTINGS
 from rewrite.engine import copy_graph
 from rewrite.ir.site import Site
 from rewrite.recognise.regions import NearMiss
 from rewrite.recognise.sites import Found, Recognition, recognise
 from rewrite.runner import _LIMITS as LIMITS
 from rewrite.runner import CAPTURE_ERRORS
-from rewrite.session import _SETTINGS as SETTINGS
 from tests.models.corpus.entry import Entry, Sites
 
 Hook = Callable[[fx.GraphModule, Sequence[Any]], Any]

@@ -63,9 +63,9 @@ def real_rows(output: Tensor, inputs: Mapping[str, Any]) -> Tensor:
 
 def backward(outputs: list[Tensor]) -> None:
     """Gradients of one random weighting of all outputs."""
-    total = torch.zeros(())
+    total: Tensor | int = 0
     for place, output in enumerate(outputs):
         if output.requires_grad:
             weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(place))
             total = total + (output * weights).sum()
-    total.backward()
+    torch.autograd.backward(total)
