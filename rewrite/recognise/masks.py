@@ -10,6 +10,7 @@ from torch import fx
 
 from rewrite.ir.expression import conjuncts, tensors_in
 from rewrite.ir.semantics import all_positions, evaluate_expression, positions, read_at
+from rewrite.recognise.functional import written_by
 from rewrite.recognise.operators import canonical, hint, hinted_shape, value_of
 from rewrite.recognise.region import Region
 
@@ -52,7 +53,7 @@ def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
     if tensors_in(region.attend.score):
         visible = visible & (evaluate_expression(region.attend.score, values) > _HIDDEN)
     later = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).triu(n_keys - n_queries + 1)
-    return not bool((visible & later).any())
+    return bool(visible.any()) and not bool((visible & later).any())
 
 
 def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | None:
@@ -64,6 +65,8 @@ def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | Non
         needed.append(current)
         if isinstance(value_of(current), int | torch.SymInt):
             continue  # a size, whatever it is the size of
+        if any(current in written_by(user) for user in current.users):
+            return None  # what was written into it since is not in its own operands
         if canonical(current) in _COMPUTES or len(needed) > _LONGEST or (current.op == "placeholder" and current not in inputs):
             return None
         for source in current.all_input_nodes:
