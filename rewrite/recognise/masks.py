@@ -65,14 +65,14 @@ def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | Non
         needed.append(current)
         if isinstance(value_of(current), int | torch.SymInt):
             continue  # a size, whatever it is the size of
-        if any(current in written_by(user) for user in current.users):
-            return None  # what was written into it since is not in its own operands
         if canonical(current) in _COMPUTES or len(needed) > _LONGEST or (current.op == "placeholder" and current not in inputs):
             return None
         for source in current.all_input_nodes:
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
+    if any(current in written_by(user) for current in needed for user in current.users if user not in seen):
+        return None  # what was written into a tensor beside is not among its operands
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for current in sorted(needed):
