@@ -50,9 +50,9 @@ def _projected(node: fx.Node) -> fx.Node | None:
     if name in ("linear", "conv"):
         source = argument(node, "input")
         return source if isinstance(source, fx.Node) and not _keeps_channels_apart(node) else None
-    if name not in ("addmm", "matmul"):
+    if name not in ("addmm", "matmul", "einsum"):
         return None
-    factors = [operand for operand in node.args[-2:] if isinstance(operand, fx.Node)]
+    factors = node.all_input_nodes[-2:]
     own = [factor for factor in factors if not _of_parameters(factor)]
     return own[0] if len(factors) == 2 and len(own) == 1 else None
 
@@ -65,8 +65,8 @@ def _keeps_channels_apart(node: fx.Node) -> bool:
 
 def _of_parameters(node: fx.Node) -> bool:
     """True for a parameter and views of it."""
-    while canonical(node) in ("transpose", "permute", "reshape", "cast") and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while len(node.all_input_nodes) == 1 and not is_parameter(node):
+        node = node.all_input_nodes[0]
     return is_parameter(node)
 
 

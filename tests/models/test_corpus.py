@@ -70,7 +70,7 @@ class TestReading:
     def test_every_attention_is_recognised_and_proved(self, subject: Subject, batch: int) -> None:
         seen = subject.at(batch)
         missed, reason = MISSED.get(subject.entry.name, (0, ""))
-        assert len(seen.found) == subject.entry.truth - missed, (reason, [miss.reason for miss in seen.misses])
+        assert len(seen.found) == subject.entry.truth_at(batch) - missed, (reason, [miss.reason for miss in seen.misses])
 
     def test_sizes_are_those_of_the_table(self, subject: Subject) -> None:
         assert size_differences(subject.entry, subject.at(2).sites, 2) == []

@@ -52,6 +52,7 @@ class Entry:
 
     implementations: those the model has; ("eager",) where its code knows no fused attention. forms: what it is in the corpus for, words of
     `forms.FORMS`. none: why a model without attention has none. core: also run by `make test`, not only by `make test-corpus`.
+    alone: number of sites at a batch of one, where it is another: every picture is a problem of its own.
     breaks: why its capture is several graphs, if it is. note: what a reader of the coverage table should know.
     """
 
@@ -65,7 +66,12 @@ class Entry:
     core: bool = False
     breaks: str = ""
     note: str = ""
+    alone: int | None = None
 
     @property
     def truth(self) -> int:
         return sum(group.count for group in self.sites)
+
+    def truth_at(self, batch: int) -> int:
+        """The number of sites at a batch of one or two."""
+        return self.truth if batch > 1 or self.alone is None else self.alone

@@ -150,7 +150,7 @@ LANGUAGE: tuple[Entry, ...] = (
             vision_config={**BLOCKS, "embed_dim": 128, "hidden_size": 128, "mlp_ratio": 2}, **GRID),
         packed(8), (sequences("VisionAttention"), read("Qwen2VLAttention", 16)),
         forms=("packed sequences", "fused qkv", *DECODER), core=True, note=SPLIT,
-        breaks=LENGTHS,
+        alone=4, breaks=LENGTHS,
     ),
     Entry(
         "qwen2.5-vl", made("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", text_config=QWEN_VL,
@@ -159,14 +159,14 @@ LANGUAGE: tuple[Entry, ...] = (
             Sites(8, "Qwen2_5_VLVisionAttention", 16, 16, 4, window=(4, 4), per_call=8),
             Sites(2, "Qwen2_5_VLVisionAttention", 64, 64, 4, per_call=2), read("Qwen2_5_VLAttention", 16),
         ), forms=("packed sequences", "window partition", "fused qkv", *DECODER), note="patches lie window by window; " + SPLIT,
-        breaks=WINDOWED,
+        alone=7, breaks=WINDOWED,
     ),
     Entry(
         "qwen3-vl", made("Qwen3VLForConditionalGeneration", "Qwen3VLConfig", text_config={**QWEN_VL, "head_dim": 32},
             vision_config={**MERGED, "num_position_embeddings": 64, "deepstack_visual_indexes": [0]}, **GRID),
         packed(8), (sequences("Qwen3VLVisionAttention"), read("Qwen3VLTextAttention", 16)),
         forms=("packed sequences", "fused qkv", "qk-norm", *DECODER), note=SPLIT,
-        breaks=LENGTHS,
+        alone=4, breaks=LENGTHS,
     ),
     Entry(
         "glm4v", made("Glm4vForConditionalGeneration", "Glm4vConfig", text_config=QWEN_VL, vision_config={**MERGED, "image_size": 64},
@@ -174,7 +174,7 @@ LANGUAGE: tuple[Entry, ...] = (
             **TOKEN),
         packed(8), (sequences("Glm4vVisionAttention"), read("Glm4vTextAttention", 16)),
         forms=("packed sequences", "fused qkv", *DECODER), note=SPLIT,
-        breaks=LENGTHS,
+        alone=4, breaks=LENGTHS,
     ),
     Entry(
         "internvl", made("InternVLForConditionalGeneration", "InternVLConfig", text_config=QWEN,
