@@ -105,7 +105,8 @@ class TestSymbolicSizes:
         fixed = subject.at(2)
         symbolic = survey(subject.entry, subject.implementation, 2, symbolic=True)
         assert symbolic.symbols
-        assert not fixed.symbols
+        # What is read from data is a symbol behind a break, however the sizes of the inputs are treated.
+        assert subject.entry.breaks or not fixed.symbols
         assert sorted(map(described, symbolic.sites)) == sorted(map(described, fixed.sites)), [miss.reason for miss in symbolic.misses]
 
 
