@@ -76,6 +76,7 @@ def assemble(
         "value": origin(*value, (*in_front, *columns, *width)),
     }
     heads, batch = leaves(lead[-1]) if len(lead) > 1 else (), leaves(in_front)
+    batch, heads, (order, shape) = _output(out_axes, batch, heads, (rows, width), output)
     held = {name: {atom for axis in resolve(axes) for atom in axis} for name, (_, axes) in located.items()}
     for name, (node, _) in located.items():
         if not set(batch) <= held[name] or (name == "query" and not set(heads) <= held[name]):
@@ -112,7 +113,6 @@ def assemble(
         "B": size(batch), "H": size(heads), "Hkv": size(shared), "Nq": size(leaves(rows)), "Nk": size(leaves(columns)),
         "D": size(leaves(depth)), "Dv": size(leaves(width)),
     }  # fmt: skip
-    order, shape = _output(out_axes, (batch, heads, rows, width), output)
     channels = runs_over_channels(*located["query"], leaves(rows))
     return Region(
         core=core, output=output, query=operands["query"], key=operands["key"], value=operands["value"], attend=attend, tensors=named,
@@ -182,7 +182,22 @@ def _leads_to_scale(node: fx.Node) -> bool:
         node = source
 
 
-def _output(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tuple[int, ...], tuple[Length, ...] | None]:
+def _output(
+    out_axes: Axes, batch: Axis, heads: Axis, rest: tuple[Axis, Axis], node: fx.Node
+) -> tuple[Axis, Axis, tuple[tuple[int, ...], tuple[Length, ...] | None]]:
+    """How an attention's result becomes the output node, and with it which of the indices that all operands share are batch and which heads.
+
+    An index is one of heads rather than of the batch where the output holds it apart from the batch (queries in between).
+    """
+    for count in range(len(batch), -1, -1):
+        groups = (batch[:count], batch[count:] + heads, *rest)
+        order = _order(out_axes, groups, node)
+        if order is not None:
+            return groups[0], groups[1], order
+    raise NearMissError(f"{node.name} orders its axes in a way that the IR's cannot be brought to")
+
+
+def _order(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tuple[int, ...], tuple[Length, ...] | None] | None:
     """How the IR's result [B, H, Nq, Dv] becomes the output node: a permutation, then a shape where axes were merged or split."""
     axes = resolve(out_axes)
     wanted = [leaves(group) for group in groups]
@@ -202,7 +217,7 @@ def _output(out_axes: Axes, groups: tuple[Axis, ...], node: fx.Node) -> tuple[tu
     held = [place for place, group in enumerate(wanted) if group]
     whole = sorted(held, key=lambda place: flat_out.index(wanted[place][0]) if wanted[place][0] in flat_out else -1)
     if [atom for place in whole for atom in wanted[place]] != flat_out:
-        raise NearMissError(f"{node.name} orders its axes in a way that the IR's cannot be brought to")
+        return None
     order = [*whole, *(place for place, group in enumerate(wanted) if not group)]
     lengths = shape_in([exact_products(wanted[place]) for place in order], exact_shape(node))
     if lengths is None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_increment_nesting
 
 from rewrite.ir.expression import conjuncts, tensors_in
 from rewrite.ir.semantics import all_positions, evaluate_expression, positions, read_at
@@ -20,6 +21,7 @@ _COMPUTES = frozenset({"linear", "conv", "matmul", "einsum", "baddbmm", "softmax
 _LONGEST = 300
 # An additive mask hides a key where it adds this or less: e^-1e4 is zero in every floating type.
 _HIDDEN = -1e4
+_LEVELS = (_vmap_increment_nesting, _vmap_decrement_nesting)
 
 
 def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
@@ -75,10 +77,17 @@ def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | Non
         return None  # what was written into a tensor beside is not among its operands
     values: dict[fx.Node, Any] = {}
     with torch.no_grad():
-        for current in sorted(needed):
+        for current in sorted([*needed, *_vmap_levels(node)]):
             values[current] = _value(current, values, inputs)
     result = values[node]
     return result if isinstance(result, torch.Tensor) else None
+
+
+def _vmap_levels(node: fx.Node) -> list[fx.Node]:
+    """What opens and closes the levels of a traced vmap in front of a node: no operand holds it, and batched operands need it."""
+    levels = [each for each in node.graph.nodes if each.op == "call_function" and each.target in _LEVELS and each < node]
+    opened = sum(each.target is _LEVELS[0] for each in levels)
+    return levels if 2 * opened == len(levels) else []
 
 
 def _value(node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[fx.Node, Any]) -> Any:

@@ -131,12 +131,7 @@ OUTSIDERS = (
     Outsider(Entry("mobilevit_xs", timm_model("mobilevit_xs", 256), pictures(256)), "Attention", 9),
 )
 
-# An index that query, key, value and result share is taken for a batch; a result with the queries in front of it is then not brought back.
-# Not so at a batch of one, hence not strict.
-MISSED = pytest.mark.xfail(reason="mixed orders its axes in a way that the IR's cannot be brought to", strict=False)
-each = pytest.mark.parametrize(
-    "outsider", [pytest.param(each, id=each.entry.name, marks=MISSED if each.entry.name == "grouped" else ()) for each in OUTSIDERS]
-)
+each = pytest.mark.parametrize("outsider", OUTSIDERS, ids=lambda outsider: outsider.entry.name)
 
 
 @each
