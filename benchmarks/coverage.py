@@ -66,7 +66,7 @@ def measure(task: tuple[str, dict[str, int] | None]) -> tuple[Row, dict[str, int
                 "found": len(seen.found),
                 "unproved": seen.unproved,
                 "misses": dict(Counter(miss.reason for miss in seen.misses)),
-                "sizes": size_differences(entry, seen.sites, batch),
+                "sizes": size_differences(entry, seen.found, batch),
                 # The tables are written for a batch of two; frames on the batch axis look different at one.
                 "layout": layout_differences(entry, seen.whole) if batch == 2 else [],
                 "graphs": len(seen.readings),

@@ -73,7 +73,7 @@ class TestReading:
         assert len(seen.found) == subject.entry.truth_at(batch) - missed, (reason, [miss.reason for miss in seen.misses])
 
     def test_sizes_are_those_of_the_table(self, subject: Subject) -> None:
-        assert size_differences(subject.entry, subject.at(2).sites, 2) == []
+        assert size_differences(subject.entry, subject.at(2).found, 2) == []
 
     def test_every_softmax_is_in_a_region_or_a_near_miss(self, subject: Subject) -> None:
         for reading in subject.at(2).readings:

@@ -8,6 +8,7 @@ from typing import Any
 from rewrite.ir.site import Site
 from rewrite.recognise.sites import Recognition
 from tests.models.corpus.entry import Entry, Sites
+from tests.models.corpus.survey import read_from_data
 
 # queries, keys, heads of one attention, and what is said of its tokens: grid, prefix, window
 Problem = tuple[int, int, int]
@@ -42,6 +43,8 @@ def layout_differences(entry: Entry, recognition: Recognition) -> list[str]:
         site = found.site
         queries, keys = site.dims["Nq"], site.dims["Nk"]
         problems = [p for p in ((queries, keys, site.dims["H"]), (queries, keys, ANY)) if p in wanted]
+        if read_from_data(found):
+            problems = list(wanted)
         right = [(problem, facts) for problem in problems for facts in readings(site) if wanted[problem][facts] > 0]
         if right:
             problem, facts = right[0]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from rewrite.compiled import WHOLE_GRAPHS as SETTINGS
 from rewrite.engine import copy_graph
@@ -157,20 +158,33 @@ def _let_sizes_change(inputs: Mapping[str, Any]) -> None:
 POOLED = frozenset({"reduced keys", "pooled queries", "class attention"})
 
 
-def size_differences(entry: Entry, sites: Sequence[Site], batch: int) -> list[str]:
+def read_from_data(found: Found) -> bool:
+    """Whether how many queries or keys there are is read from data: the graph then holds a stand-in for it."""
+    return any(
+        isinstance(size, torch.SymInt) and bool(free_unbacked_symbols(size))
+        for operand in (found.region.query, found.region.key)
+        for size in operand.node.meta["example_value"].shape
+    )
+
+
+def size_differences(entry: Entry, sites: Sequence[Found], batch: int) -> list[str]:
     """Sites that are none of the table's, in words; the table may have more of them than were found.
 
-    Three things a graph may say otherwise than the table, and both are right:
+    Some things a graph may say otherwise than the table, and both are right:
     - Heads may lie on the batch's axis, with windows or without: the site then has fewer heads and a batch that is as much larger.
     - To the table an attention is self-attention if queries and keys are of one stream; to the recogniser, if they are the same tokens.
       Where the table says that they are pooled, reduced or picked on the way, or where they differ in number, the site may say cross;
       so it may where a graph break hides what they are made of.
+    - A number of tokens that is read from data is any number.
     - One query sees every key, under a causal mask too.
     """
     left = [[group, group.count] for group in entry.sites]
     differences = []
-    for site in sites:
-        match = next((place for exact in (True, False) for place in left if place[1] and _agree(entry, place[0], site, batch, exact)), None)
+    for found in sites:
+        site, any_size = found.site, read_from_data(found)
+        match = next(
+            (place for exact in (True, False) for place in left if place[1] and _agree(entry, place[0], site, batch, exact, any_size)), None
+        )
         if match is not None:
             match[1] -= 1
         else:
@@ -178,9 +192,9 @@ def size_differences(entry: Entry, sites: Sequence[Site], batch: int) -> list[st
     return differences
 
 
-def _agree(entry: Entry, group: Sites, site: Site, batch: int, exact: bool) -> bool:
+def _agree(entry: Entry, group: Sites, site: Site, batch: int, exact: bool, any_size: bool) -> bool:
     dims = site.dims
-    if (group.queries, group.keys) != (dims["Nq"], dims["Nk"]):
+    if not any_size and (group.queries, group.keys) != (dims["Nq"], dims["Nk"]):
         return False
     heads = group.heads == dims["H"]
     kind, causal = group.kind == kind_of(site), group.causal == site.causal
