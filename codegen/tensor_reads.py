@@ -92,11 +92,14 @@ class TensorGradients:
         self._of = {name: TensorGradient(name, indices[name], tensors[name]) for name in wanted}
 
     def through(self, expression: sympy.Expr, received: torch.Tensor, values: Mapping[str, Any], visit: Visit) -> None:
-        """Add what reaches the tensors through an expression whose own gradient on this visit is `received`."""
+        """Add what reaches the tensors through an expression whose own gradient on this visit is `received`.
+
+        Pairs that receive nothing give nothing: where an additive mask hides a key, slopes may be infinite.
+        """
         for gradient in self._of.values():
             slope = derivative(expression, gradient.read)
             if slope != 0:
-                gradient.add(received * evaluate_expression(slope, values), values, visit)
+                gradient.add((received * evaluate_expression(slope, values)).masked_fill_(received == 0, 0.0), values, visit)
 
     def add_whole(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Add what one visit gives to whole tensors, by name."""

@@ -3,6 +3,7 @@
 from passes.linearize.agent import Agent
 from passes.prune.token_exit import TokenExit
 from passes.redistribute.sink_redistribution import SinkRedistribution
+from passes.redistribute.temperature import Temperature
 from passes.sparsify.neighborhood import Neighborhood
 
-__all__ = ["Agent", "Neighborhood", "SinkRedistribution", "TokenExit"]
+__all__ = ["Agent", "Neighborhood", "SinkRedistribution", "Temperature", "TokenExit"]

@@ -243,5 +243,6 @@ def _initial(parameter: Parameter, like: torch.Tensor) -> torch.Tensor:
     if parameter.init == "ones":
         tensor.fill_(1)
     elif isinstance(parameter.init, tuple):
-        nn.init.normal_(tensor, std=parameter.init[1])
+        kind, value = parameter.init
+        nn.init.constant_(tensor, value) if kind == "constant" else nn.init.normal_(tensor, std=value)
     return tensor

@@ -105,7 +105,7 @@ Operation = Attend | Pool | DepthwiseConv | GridBias | Sum | SinkGroups
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor a pass adds to the model: `init` is "zeros", "ones" or ("normal", std)."""
+    """A tensor a pass adds to the model: `init` is "zeros", "ones", ("normal", std) or ("constant", value)."""
 
     name: str
     shape: tuple[int, ...]

@@ -28,6 +28,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "neighborhood(window=5, layers=(1, 2))",
     ),
     "token_exit": ("token_exit(layer=0)", "token_exit(layer=4)", "token_exit(layer=6)"),
+    "temperature": (
+        "temperature(value=0.5, layers=(3,))",
+        "temperature(kind='position')",
+        "temperature(kind='position', learnable=True)",
+        "temperature(kind='log', value=0.1)",
+        "temperature(kind='log', learnable=True)",
+    ),
     "sink_redistribution": (
         "sink_redistribution(p=0.0, rho=1.0, summ=0.0)",
         "sink_redistribution(dims=(7, 100), tau=10)",
