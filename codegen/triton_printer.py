@@ -86,6 +86,18 @@ def _call(function: str) -> Callable[[sympy.Basic, Names], str]:
     return lambda expression, names: f"{function}({', '.join(_print(argument, names) for argument in expression.args)})"
 
 
+def _real(function: str) -> Callable[[sympy.Basic, Names], str]:
+    """A call of a function of floating point; Triton refuses it integers such as positions."""
+
+    def call(expression: sympy.Basic, names: Names) -> str:
+        (argument,) = expression.args
+        if expression.is_number:
+            return repr(float(expression))
+        return f"{function}({_atom(argument, names)} * 1.0)" if argument.is_integer else f"{function}({_print(argument, names)})"
+
+    return call
+
+
 def _folded(function: str) -> Callable[[sympy.Basic, Names], str]:
     """A two-argument Triton function over any number of arguments."""
 
@@ -136,10 +148,11 @@ _PRINT: Mapping[str, Callable[..., str]] = {
     "Min": _folded("tl.minimum"),
     "Max": _folded("tl.maximum"),
     "Abs": _call("tl.abs"),
-    "exp": _call("tl.exp"),
-    "log": _call("tl.log"),
+    "exp": _real("tl.exp"),
+    "log": _real("tl.log"),
     # tl has no tanh that every target (and the interpreter) knows; this form neither overflows nor turns NaN for any argument.
     "tanh": lambda expression, names: f"(2.0 * tl.sigmoid(2.0 * {_atom(expression.args[0], names)}) - 1.0)",
+    "Sigmoid": _real("tl.sigmoid"),
     "Equality": _comparison("=="),
     "Unequality": _comparison("!="),
     "LessThan": _comparison("<="),
@@ -154,7 +167,7 @@ _PRINT: Mapping[str, Callable[..., str]] = {
 }
 
 # What prints as a call, a name or a parenthesis needs no parentheses of its own.
-_CLOSED = {"Mod", "floor", "Min", "Max", "Abs", "exp", "log", "tanh", "Piecewise"}
+_CLOSED = {"Mod", "floor", "Min", "Max", "Abs", "exp", "log", "tanh", "Sigmoid", "Piecewise"}
 
 
 def _atom(expression: sympy.Basic, names: Names) -> str:

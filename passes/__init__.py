@@ -2,8 +2,9 @@
 
 from passes.linearize.agent import Agent
 from passes.prune.token_exit import TokenExit
+from passes.redistribute.sigmoid import SigmoidAttention
 from passes.redistribute.sink_redistribution import SinkRedistribution
 from passes.redistribute.temperature import Temperature
 from passes.sparsify.neighborhood import Neighborhood
 
-__all__ = ["Agent", "Neighborhood", "SinkRedistribution", "Temperature", "TokenExit"]
+__all__ = ["Agent", "Neighborhood", "SigmoidAttention", "SinkRedistribution", "Temperature", "TokenExit"]

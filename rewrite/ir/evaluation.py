@@ -81,6 +81,7 @@ _EVALUATE: Mapping[str, Callable[..., Value]] = {
     "exp": _elementwise(torch.exp),
     "log": _elementwise(torch.log),
     "tanh": _elementwise(torch.tanh),
+    "Sigmoid": _elementwise(torch.sigmoid),
     "Equality": operator.eq,
     "Unequality": operator.ne,
     "LessThan": operator.le,

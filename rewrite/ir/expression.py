@@ -43,6 +43,24 @@ Indices = tuple[sympy.Expr, ...]
 # What the names of the groups' masses begin with.
 _MASS = "mass_"
 
+
+class Sigmoid(sympy.Function):  # type: ignore[misc]
+    """1 / (1 + exp(-x)), whose value and derivative are finite for every x; spelt with exp they are not."""
+
+    nargs = 1
+
+    def fdiff(self, argindex: int = 1) -> sympy.Expr:
+        """Sigmoid(x) Sigmoid(-x): a difference from one would lose the digits of a small weight."""
+        return self * Sigmoid(-self.args[0])
+
+    def _eval_evalf(self, prec: int) -> sympy.Expr:
+        value: sympy.Expr = (1 / (1 + sympy.exp(-self.args[0])))._eval_evalf(prec)
+        return value
+
+    def _eval_is_positive(self) -> bool | None:
+        return bool(self.args[0].is_real) or None
+
+
 # Every operator an expression may contain; anything else is refused when it is written out.
 _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "Add": sympy.Add,
@@ -56,6 +74,7 @@ _OPERATORS: Mapping[str, Callable[..., Any]] = {
     "exp": sympy.exp,
     "log": sympy.log,
     "tanh": sympy.tanh,
+    "Sigmoid": Sigmoid,
     "Equality": sympy.Eq,
     "Unequality": sympy.Ne,
     "LessThan": sympy.Le,

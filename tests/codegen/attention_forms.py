@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from rewrite.ir import NK, NQ, QK, Attend, B, G, Groups, H, HeadMix, I, J, W, mass, read, tensor
+from rewrite.ir import NK, NQ, QK, Attend, B, G, Groups, H, HeadMix, I, J, Sigmoid, W, mass, read, tensor
 
 SCALE = sympy.Float(0.125)
 
@@ -113,6 +113,17 @@ def rectified() -> Attend:
 
 def sigmoid() -> Attend:
     return replace(masked("bij"), score=1 / (1 + sympy.exp(-(SCALE * QK + tensor("bias", "h")))) / NK, normaliser="none")
+
+
+def flash_sigmoid() -> Attend:
+    """Sigmoid attention with the bias -log(n) of a causal row."""
+    return replace(causal(), score=Sigmoid(SCALE * QK - sympy.log(I + NK - NQ + 1)), normaliser="none")
+
+
+def row_temperature() -> Attend:
+    """Selective self-attention: a learned share of the logarithm of the row's length."""
+    share = sympy.exp(-sympy.exp(tensor("t", "h")))
+    return replace(plain(), score=(SCALE * QK + tensor("bias", "hij")) * (1 + share * sympy.log(I + 1)))
 
 
 def gated(axes: str) -> Attend:

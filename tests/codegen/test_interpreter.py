@@ -47,6 +47,8 @@ STREAMED: dict[str, Callable[[], Attend]] = {
     "linear": forms.linear,
     "rectified": forms.rectified,
     "sigmoid": forms.sigmoid,
+    "sigmoid, bias by row": forms.flash_sigmoid,
+    "temperature by row": forms.row_temperature,
     **{f"gated {axes}": (lambda axes=axes: forms.gated(axes)) for axes in ("h", "bhij")},
     "gated, rectified": forms.gated_rectified,
 }

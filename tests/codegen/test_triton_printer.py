@@ -11,7 +11,7 @@ import sympy
 import torch
 
 from codegen.triton_printer import triton_text
-from rewrite.ir import QK, I, J, RewriteError, mass, semantics, tensor
+from rewrite.ir import QK, I, J, RewriteError, Sigmoid, mass, semantics, tensor
 
 NAMES = {"i": "i", "j": "j", "Nq": "Nq", "Nk": "Nk", "qk": "qk", "bias": "bias", "mask": "mask", "mass_text": "mass_text"}
 
@@ -112,6 +112,7 @@ def test_comparisons_of_fractions_are_exact() -> None:
     "expression",
     [
         30 * sympy.tanh(QK / 30),
+        Sigmoid(QK - sympy.log(3)) * Sigmoid(sympy.Integer(2)),
         0.125 * QK + tensor("bias", "hij"),
         sympy.exp(-(QK**2)) / (1 + sympy.Abs(QK)),
         (1 + 0.4 * mass("text")) / mass("text"),
@@ -130,6 +131,7 @@ def test_real_expressions(expression: sympy.Expr, qk: float) -> None:
 
 def test_text() -> None:
     assert triton_text(0.125 * QK + tensor("bias", "hij"), {**NAMES, "bias": "bias_tile"}) == "0.125 * qk + bias_tile"
+    assert triton_text(sympy.log(I + 1) / sympy.log(2), {"i": "i"}) == "tl.log((i + 1) * 1.0) / 0.6931471805599453"
     assert triton_text(sympy.floor(I / 8), {"i": "i[:, None]"}) == "(i[:, None] // 8)"
     assert triton_text(J <= I, {"i": "i[:, None]", "j": "j[None, :]"}) == "j[None, :] <= i[:, None]"
     assert triton_text(sympy.Not(sympy.Ne(tensor("mask", "bij"), 0), evaluate=False), NAMES) == "~(mask != 0)"

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewrite.ir import NK, NQ, QK, B, G, H, I, J, W, conjuncts, is_static, letters, mass, read, tensor, tensors_in
+from rewrite.ir import NK, NQ, QK, B, G, H, I, J, Sigmoid, W, conjuncts, is_static, letters, mass, read, tensor, tensors_in
 from rewrite.ir.expression import from_json, to_json
 from rewrite.ir.semantics import evaluate_expression, positions, read_at
 from rewrite.ir.site import is_causal_term
@@ -66,6 +66,7 @@ SCORES = st.recursive(
         st.tuples(inner, inner).map(lambda pair: pair[0] + pair[1]),
         st.tuples(inner, inner).map(lambda pair: pair[0] * pair[1]),
         inner.map(sympy.tanh),
+        inner.map(Sigmoid),
         inner.map(lambda value: sympy.exp(sympy.tanh(value))),
         inner.map(lambda value: sympy.log(1 + value**2)),
         inner.map(lambda value: sympy.sqrt(sympy.Abs(value))),

@@ -35,6 +35,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "temperature(kind='log', value=0.1)",
         "temperature(kind='log', learnable=True)",
     ),
+    "sigmoid": ("sigmoid(bias=-3.0)", "sigmoid(bias=0.5, layers=(3,))", "sigmoid(layers=(1,))"),
     "sink_redistribution": (
         "sink_redistribution(p=0.0, rho=1.0, summ=0.0)",
         "sink_redistribution(dims=(7, 100), tau=10)",
