@@ -5,7 +5,8 @@ from codegen.compilation import TARGETS, CompiledKernel
 from codegen.kernel import Kernel, emit, has_triton_form
 from codegen.masks import visible_pairs
 from codegen.operator import attend
+from codegen.statistics_operator import statistic
 
-__all__ = ["TARGETS", "CompiledKernel", "Kernel", "attend", "emit", "has_triton_form", "visible_pairs"]
+__all__ = ["TARGETS", "CompiledKernel", "Kernel", "attend", "emit", "has_triton_form", "statistic", "visible_pairs"]
 
 del _flops

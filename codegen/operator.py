@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from codegen.kernel import has_triton_form, kernel_for
+from codegen.operands import named_operands, require_attention
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
 from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import letters
 from rewrite.ir.operations import Attend
 
 
@@ -24,35 +24,8 @@ def _named(
     operation: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """The tensors by name. Raises `RewriteError` where an operand does not fit the operation."""
-    indices_of = operation.tensors()
-    sizes = {"b": query.shape[0], "h": query.shape[1], "i": query.shape[2], "j": key.shape[2]}
-    if not query.dtype == key.dtype == value.dtype:
-        raise RewriteError(f"query, key and value are {query.dtype}, {key.dtype} and {value.dtype}; cast them to one dtype")
-    if (
-        query.shape[1] % key.shape[1]
-        or key.shape[:3] != value.shape[:3]
-        or query.shape[3] != key.shape[3]
-        or query.shape[0] != key.shape[0]
-    ):
-        raise RewriteError(
-            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} are no [B, H, Nq, D], [B, Hkv, Nk, D] and "
-            f"[B, Hkv, Nk, Dv] with H a multiple of Hkv"
-        )
-    if len(tensors) != len(indices_of):
-        raise RewriteError(f"the operation reads {len(indices_of)} tensors ({', '.join(indices_of)}), and {len(tensors)} were given")
-    mixing = {name for mix in operation.mixes for name in (mix.matrix, mix.bias)}
-    for (name, indices), operand in zip(indices_of.items(), tensors, strict=True):
-        if name in mixing:
-            wanted, fits = [f"heads={query.shape[1]}"] * len(indices), operand.shape == (query.shape[1],) * len(indices)
-        elif (axes := letters(indices)) is not None:
-            wanted = [f"{axis}={sizes[axis]}" for axis in axes]
-            fits = operand.dim() == len(axes) and all(size in (1, sizes[axis]) for axis, size in zip(axes, operand.shape, strict=True))
-        else:
-            wanted, fits = [f"any, read at {index}" for index in indices], operand.dim() == len(indices) and 0 not in operand.shape
-        if not fits:
-            every = "" if name in mixing else ", each of that size or 1"
-            raise RewriteError(f"{name} is {list(operand.shape)}; its axes are [{', '.join(wanted)}]{every}")
-    return dict(zip(indices_of, tensors, strict=True))
+    require_attention(query, key, value)
+    return named_operands(operation.tensors(), operation.mixes, (query, key), tensors)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:

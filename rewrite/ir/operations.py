@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from rewrite.ir.attend import Attend, Groups, HeadMix, Normaliser
+from rewrite.ir.statistic import Statistic
 
 __all__ = [
     "Attend",
@@ -21,6 +22,7 @@ __all__ = [
     "Parameter",
     "Pool",
     "SinkGroups",
+    "Statistic",
     "Sum",
 ]
 
@@ -100,7 +102,7 @@ class SinkGroups:
     epsilon: float = 1e-6
 
 
-Operation = Attend | Pool | DepthwiseConv | GridBias | Sum | SinkGroups
+Operation = Attend | Statistic | Pool | DepthwiseConv | GridBias | Sum | SinkGroups
 
 
 @dataclass(frozen=True)

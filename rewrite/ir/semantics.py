@@ -24,10 +24,11 @@ from rewrite.ir.evaluation import (
     read_at,
     without_fractions,
 )
-from rewrite.ir.expression import I, J, letters
+from rewrite.ir.expression import I, J, letters, tensors_in
 from rewrite.ir.operations import Attend, Body, DepthwiseConv, GridBias, Groups, HeadMix, Operation, Pool, SinkGroups, Sum
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site
+from rewrite.ir.statistic import Statistic
 
 __all__ = [
     "Value",
@@ -44,6 +45,7 @@ __all__ = [
     "pool",
     "positions",
     "read_at",
+    "read_statistic",
     "sink_groups",
     "without_fractions",
 ]
@@ -98,6 +100,16 @@ def attention_weights(operation: Attend, values: Mapping[str, torch.Tensor]) -> 
     if operation.renormalised:
         weights = _divided(weights, weights.sum(-1, keepdim=True))
     return weights if operation.groups is None else _by_group(operation.groups, weights, environment)
+
+
+def read_statistic(statistic: Statistic, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the statistic's sums come to, with the map held: [B, H, Nk] over queries, [B, H, rows] over keys."""
+    weights = attention_weights(statistic.attend, values)
+    environment: dict[str, Value] = {**all_positions(weights.shape, weights.device), "w": weights}
+    environment |= {name: read_at(values[name], indices, environment) for name, indices in tensors_in(statistic.term).items()}
+    terms = torch.as_tensor(evaluate_expression(statistic.term, environment)).expand_as(weights)
+    start, stop = statistic.rows or (0, None)
+    return terms[:, :, start:stop].sum(2 if statistic.over == "queries" else 3)
 
 
 def _by_group(groups: Groups, weights: torch.Tensor, environment: dict[str, Value]) -> torch.Tensor:
@@ -183,6 +195,8 @@ def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], ca
     match operation:
         case Attend():
             values[operation.result] = attend(operation, values)
+        case Statistic():
+            values[operation.result] = read_statistic(operation, values)
         case Pool():
             values[operation.result] = pool(operation, values)
         case DepthwiseConv():

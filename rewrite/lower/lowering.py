@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rewrite.ir.operations import Attend, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Sum
+from rewrite.ir.operations import Attend, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Statistic, Sum
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.recognise.operators import value_of
@@ -96,6 +96,28 @@ def _attend(graph: fx.Graph, operation: Attend, values: dict[str, fx.Node]) -> N
     values[operation.result] = graph.call_function(operator.getitem, (both, 0))
 
 
+def _statistic(graph: fx.Graph, operation: Statistic, values: dict[str, fx.Node]) -> None:
+    """The log-sum-exp is the attention's own, where the body computes that too."""
+    attend, tensors = operation.attend, [values[name] for name in operation.tensors()]
+    saved = next((node for node in graph.nodes if _computes(node, attend, values)), None)
+    lse = None if saved is None else graph.call_function(operator.getitem, (saved, 1))
+    values[operation.result] = graph.call_function(
+        torch.ops.rewrite.attention_statistic.default, (values[attend.query], values[attend.key], tensors, lse, operation.to_json())
+    )
+
+
+def _computes(node: fx.Node, attend: Attend, values: dict[str, fx.Node]) -> bool:
+    """Whether the node is the attention itself, of the same operands."""
+    if node.op != "call_function" or node.target is not torch.ops.rewrite.attend.default:
+        return False
+    query, key, _, tensors, text = node.args
+    return (
+        (query, key) == (values[attend.query], values[attend.key])
+        and tensors == [values[name] for name in attend.tensors()]
+        and text == attend.to_json()
+    )
+
+
 def _pool(graph: fx.Graph, operation: Pool, values: dict[str, fx.Node]) -> None:
     values[operation.result] = graph.call_function(
         functions.pool, (values[operation.source], operation.grid, operation.size, operation.prefix)
@@ -143,4 +165,5 @@ _LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], N
     GridBias: _grid_bias,
     Sum: _sum,
     SinkGroups: _sink_groups,
+    Statistic: _statistic,
 }

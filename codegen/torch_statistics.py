@@ -1,0 +1,157 @@
+"""Statistics of an attention map in torch operators, a block of queries at a time: the map is never held.
+
+Both ways go through the blocks of `codegen.attention_block`, whose weights are exact whatever made them. Going back, a statistic's gradient
+reaches the weights as  dw = term'(w) * dresult,  and from there the operands as any attention's does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import sympy
+import torch
+from torch.nn import functional
+
+from codegen.attention_block import AttentionBlock
+from codegen.score_block import ScoreBlock, dot, linear_score, sum_over_queries, weighted_sum
+from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative, read_block
+from codegen.torch_streaming import blockwise_visits
+from codegen.visits import Visit
+from rewrite.ir.expression import W, tensors_in
+from rewrite.ir.semantics import evaluate_expression
+from rewrite.ir.statistic import Statistic
+
+# torch's exp2 is vectorised on the CPU; its exp, which asks MKL for every digit, takes eight times as long (torch 2.13, AVX-512).
+LOG2_E = math.log2(math.e)
+# Stands for -inf where it is multiplied by log2(e).
+LOWEST = -1e38
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def row_range(statistic: Statistic, n_queries: int) -> range:
+    """The queries that the statistic reads."""
+    start, stop = statistic.rows or (0, None)
+    return range(n_queries)[start:stop]
+
+
+def statistic_visits(statistic: Statistic, query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
+    """The visits of the rows that are read, and where their rows lie among those."""
+    rows = row_range(statistic, query.shape[2])
+    for visit in blockwise_visits(statistic.attend, query, key):
+        if len(rows) == query.shape[2]:
+            yield visit, visit.rows
+        elif isinstance(visit.rows, slice):
+            start, stop = max(visit.rows.start, rows.start), min(visit.rows.stop, rows.stop)
+            if start < stop:
+                seen = None if visit.seen is None else visit.seen[start - visit.rows.start : stop - visit.rows.start]
+                yield Visit(slice(start, stop), visit.columns, seen), slice(start - rows.start, stop - rows.start)
+        else:
+            kept = (visit.rows >= rows.start) & (visit.rows < rows.stop)
+            if kept.any():
+                chosen = visit.rows[kept]
+                yield Visit(chosen, visit.columns, None if visit.seen is None else visit.seen[kept]), chosen - rows.start
+
+
+def result_shape(statistic: Statistic, query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
+    length = key.shape[2] if statistic.over == "queries" else len(row_range(statistic, query.shape[2]))
+    return query.shape[0], query.shape[1], length
+
+
+def _read_term(statistic: Statistic, block: ScoreBlock, tensors: Tensors) -> None:
+    """Put what the term reads besides the attention's own tensors among the block's values."""
+    for name, indices in tensors_in(statistic.term).items():
+        if name not in block.values:
+            part = read_block(tensors[name], indices, block.values, block.visit)
+            block.values[name] = part.to(block.dtype) if part.is_floating_point() else part
+
+
+def _attention(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit) -> AttentionBlock:
+    """The attention's weights on one visit, step by step; the term's tensors are among its block's values."""
+    dtype = accumulation_dtype(query.dtype)
+    block = ScoreBlock(statistic.attend, query, key, tensors, visit)
+    block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
+    attention = AttentionBlock(block, tensors)
+    _read_term(statistic, block, tensors)
+    return attention
+
+
+@lru_cache(maxsize=1024)
+def uses_lse(statistic: Statistic) -> bool:
+    """Whether the weights are  exp(scale * qk + rest - lse)  with the log-sum-exp that the attention itself saves."""
+    return replace(statistic.attend, sink=None).is_plain and linear_score(statistic.attend.score) is not None
+
+
+def _exponentials(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit) -> ScoreBlock:
+    """The weights on one visit as `w` of its block, in one product and one exponential; query and key as `_with_lse` gives them."""
+    block = ScoreBlock(statistic.attend, query, key, tensors, visit)
+    scores = dot(visit.queries(query, 2), visit.keys(key, 2))
+    _, rest = linear_score(statistic.attend.score) or (1.0, sympy.Integer(0))
+    if rest != 0:
+        scores += LOG2_E * block.evaluate(rest)
+    hidden = block.hidden()
+    if hidden is not None:
+        scores.masked_fill_(hidden, -torch.inf)
+    block.values["w"] = scores.exp2_()
+    _read_term(statistic, block, tensors)
+    return block
+
+
+def _with_lse(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query and key of which the product is  log2(e) * (scale * qk - lse);  rows that see no key weigh nothing."""
+    scale, _ = linear_score(statistic.attend.score) or (1.0, None)
+    dtype = accumulation_dtype(query.dtype)
+    shift = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf).neg().clamp(min=LOWEST)
+    return LOG2_E * torch.cat([query.to(dtype) * scale, shift[..., None]], -1), functional.pad(key.to(dtype), (0, 1), value=1.0)
+
+
+def statistic_forward(
+    statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, lse: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The result that `Statistic` describes. query [B, H, Nq, D], key [B, Hkv, Nk, D]; O(block x Nk) memory besides the result.
+
+    lse: the attention's own [B, H, Nq] float32, which saves the normalisation where `uses_lse`. It is not used where it would lose digits:
+    for float64 operands, and in low precision where a bias was rounded before it was made.
+    """
+    result = torch.zeros(result_shape(statistic, query, key), dtype=accumulation_dtype(query.dtype), device=query.device)
+    exact = query.dtype == torch.float32 or (query.dtype != torch.float64 and not statistic.attend.score.atoms(sympy.Indexed))
+    prepared = _with_lse(statistic, query, key, lse) if lse is not None and exact and uses_lse(statistic) else None
+    for visit, place in statistic_visits(statistic, query, key):
+        if prepared is not None:
+            block = _exponentials(statistic, *prepared, tensors, visit)
+        else:
+            attention = _attention(statistic, query, key, tensors, visit)
+            block, attention.block.values["w"] = attention.block, attention.weights
+        weights = block.values["w"]
+        terms = weights if statistic.term == W else block.filled(statistic.term, weights)
+        if statistic.over == "queries":
+            result[:, :, visit.columns] += terms.sum(2)
+        else:
+            result[:, :, place] = terms.sum(3)
+    return result
+
+
+def statistic_gradients(
+    statistic: Statistic, received: torch.Tensor, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, wanted: Sequence[str]
+) -> list[torch.Tensor]:
+    """Gradients of query, key and the tensors named in `wanted`, from that of the result; shaped and typed as these are."""
+    dtype = accumulation_dtype(query.dtype)
+    d_query, d_key = (torch.zeros(operand.shape, dtype=dtype, device=operand.device) for operand in (query, key))
+    gradients = TensorGradients(statistic.tensors(), tensors, wanted)
+    slope = derivative(statistic.term, W)
+    for visit, place in statistic_visits(statistic, query, key):
+        attention = _attention(statistic, query, key, tensors, visit)
+        values, weights = attention.block.values, attention.weights
+        d_terms = visit.keys(received, 2)[:, :, None] if statistic.over == "queries" else received[:, :, place][..., None]
+        d_terms = d_terms.to(dtype).expand(weights.shape)
+        # To the term w is the final weight, to the attention's own weight expression the normalised one.
+        final = {**values, "w": weights}
+        gradients.through(statistic.term, d_terms, final, visit)
+        d_weights = d_terms * torch.as_tensor(evaluate_expression(slope, final), dtype=dtype, device=weights.device)
+        d_dot = attention.dot_gradient(d_weights, weights.new_zeros(*weights.shape[:3], 1), gradients)
+        d_query[:, :, visit.rows] = weighted_sum(d_dot, visit.keys(key, 2).to(dtype))
+        d_key[:, :, visit.columns] += sum_over_queries(d_dot, visit.queries(query, 2).to(dtype), key.shape[1])
+    return [d_query.to(query.dtype), d_key.to(key.dtype), *(gradient.result() for gradient in gradients)]
