@@ -35,7 +35,7 @@ class AttentionBlock:
         self.block, self.tensors = block, tensors
         self.scores = block.scores()
         sink = None if attend.sink is None else block.filled(attend.sink, self.scores[..., :1])
-        self.normalised = normalise(attend, mix_heads(attend.score_mix, self.scores, tensors), block.hidden(), sink)
+        self.normalised = normalise(attend, mix_heads(attend.score_mix, self.scores, tensors), block.hidden(), sink, block.values)
         self.lse = self.normalised.lse
         self.weights = self.normalised.weights
         if attend.weight_mix is not None:

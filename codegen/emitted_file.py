@@ -9,7 +9,7 @@ import sympy
 from codegen.masks import split_mask, static_key
 from codegen.streaming import StreamingKernel, reason_against
 from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import W, tensors_in
+from rewrite.ir.expression import TOTAL, W, tensors_in
 from rewrite.ir.operations import Attend
 from rewrite.ir.site import is_causal_term
 
@@ -42,7 +42,7 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
     normalised = normalised if attend.weight == W else f"counts({normalised})"
     facts = {"score": str(attend.score), "visible": "every pair" if attend.mask == sympy.true else str(attend.mask)}
     facts |= {} if attend.sink is None else {"sink": f"{attend.sink}, the logit of a key without a value"}
-    facts |= {} if not attend.epsilon else {"epsilon": f"{attend.epsilon!r}, added to the sum"}
+    facts |= {} if attend.denominator == TOTAL else {"the sum": f"{attend.denominator} in its place, total being the sum"}
     facts |= {} if attend.weight == W else {"counts": f"{attend.weight}, w being the normalised weight"}
     if groups is not None:
         facts["g"] = f"{groups.membership}[b,j] -> {', '.join(f'{index} {name}' for index, name in enumerate(groups.names))}"

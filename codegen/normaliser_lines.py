@@ -85,7 +85,7 @@ def end(attend: Attend, reads: KernelReads) -> list[str]:
         return ["    lse_tile = tl.zeros([BLOCK_Q], tl.float32)"]
     if attend.normaliser == "sum":
         return [
-            f"    total = row_sum + {attend.epsilon!r}",
+            f"    total = {triton_text(attend.denominator, {**reads.end_names, 'total': 'row_sum'})} + tl.zeros([BLOCK_Q], tl.float32)",
             "    share = tl.where(total != 0, 1.0 / tl.where(total != 0, total, 1.0), 0.0)",
             "    accumulator *= share[:, None]",
             '    lse_tile = tl.where(row_sum > 0, tl.log(tl.where(row_sum > 0, row_sum, 1.0)), float("-inf"))',

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import sympy
 from sympy.logic.boolalg import Boolean
 
-from rewrite.ir.expression import QK, B, G, H, Indices, J, W, from_json, tensors_in, to_json
+from rewrite.ir.expression import NK, NQ, QK, TOTAL, B, G, H, I, Indices, J, W, from_json, tensors_in, to_json
 
 Normaliser = Literal["softmax", "sum", "none"]
 
@@ -52,7 +52,7 @@ class Attend:
     2. score_mix: heads mixed into each other.
     3. mask: which pairs take part. Pairs it hides weigh nothing: they are left out of every normaliser and have w = 0 in step 6.
     4. normaliser, over keys. "softmax", with `sink` (an expression in b, h, i and tensors indexed by them) as the logit of one more key
-       that has no value. "sum": s / (sum_j s + epsilon). "none": s itself.
+       that has no value. "sum": s / denominator, an expression in `total`, which is sum_j s, and in b, h, i, Nq and Nk. "none": s itself.
     5. weight_mix: heads mixed into each other.
     6. weight: what becomes of the normalised weight `w`, an expression in `w`, positions and tensors.
     7. renormalised: divided by their sum over keys.
@@ -70,7 +70,7 @@ class Attend:
     mask: Boolean = sympy.true
     groups: Groups | None = None
     normaliser: Normaliser = "softmax"
-    epsilon: float = 0.0
+    denominator: sympy.Expr = TOTAL
     sink: sympy.Expr | None = None
     weight: sympy.Expr = W
     renormalised: bool = False
@@ -82,15 +82,22 @@ class Attend:
             raise ValueError(f"no such normaliser: {self.normaliser!r}; there are {', '.join(get_args(Normaliser))}")
         if self.sink is not None and self.normaliser != "softmax":
             raise ValueError(f"a sink is a logit of a softmax, and the normaliser is {self.normaliser!r}")
-        if self.epsilon < 0 or (self.epsilon and self.normaliser != "sum"):
-            raise ValueError(f"epsilon={self.epsilon} is added to the sum of a 'sum' normaliser, and must not be negative")
+        if self.denominator != TOTAL and self.normaliser != "sum":
+            raise ValueError(f"a denominator belongs to a 'sum' normaliser, and the normaliser is {self.normaliser!r}")
+        unknown = {str(symbol) for symbol in self.denominator.free_symbols - {TOTAL, B, H, I, NQ, NK}}
+        if unknown:
+            raise ValueError(
+                f"the denominator {self.denominator} may depend on total, b, h, i, Nq and Nk, not on {', '.join(sorted(unknown))}"
+            )
         if self.groups is not None and self.unusual:
             raise ValueError(f"groups of keys are defined for plain softmax attention, and this {self.unusual[0]}")
         _tensors_of(self)
         score, mask, weight = (sympy.sympify(part).free_symbols for part in (self.score, self.mask, self.weight))
+        if TOTAL in score | mask | weight:
+            raise ValueError("total belongs to the denominator")
         if W in score | mask or QK in weight | mask:
             raise ValueError("w belongs to the weight expression and qk to the score: one is not known where the other is used")
-        if self.sink is not None and {W, QK, J} & self.sink.free_symbols:
+        if self.sink is not None and {W, QK, J, TOTAL} & self.sink.free_symbols:
             raise ValueError(f"the sink {self.sink} may depend on b, h and i, not on a key")
 
     @property
@@ -132,7 +139,7 @@ class Attend:
         score, weight = str(self.score), str(self.weight)
         score = _mixed(self.score_mix, score)
         said = {"where": "" if self.mask == sympy.true else str(self.mask), "sink": "" if self.sink is None else str(self.sink)}
-        said["epsilon"] = f"{self.epsilon:g}" if self.epsilon else ""
+        said["denominator"] = "" if self.denominator == TOTAL else str(self.denominator)
         facts = ", ".join([score, *(f"{name}={text}" for name, text in said.items() if text)])
         text = _mixed(self.weight_mix, f"{'scores' if self.normaliser == 'none' else self.normaliser}({facts})")
         if self.weight != W:
@@ -157,7 +164,7 @@ class Attend:
                 "weights": [to_json(weight) for weight in groups.weights],
             },
             "normaliser": self.normaliser,
-            "epsilon": self.epsilon,
+            "denominator": to_json(self.denominator),
             "sink": None if self.sink is None else to_json(self.sink),
             "weight": to_json(self.weight),
             "renormalised": self.renormalised,
@@ -187,7 +194,7 @@ class Attend:
                 tuple(sympy.sympify(from_json(weight)) for weight in groups["weights"]),
             ),
             normaliser=data["normaliser"],
-            epsilon=data["epsilon"],
+            denominator=sympy.sympify(from_json(data["denominator"])),
             sink=None if data["sink"] is None else from_json(data["sink"]),
             weight=from_json(data["weight"]),
             renormalised=data["renormalised"],

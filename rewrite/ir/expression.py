@@ -10,6 +10,7 @@ A site's arithmetic is sympy over a closed vocabulary, so that one printer per t
                   index; the others are of their letters' sizes where all indices are letters in order, and else an index outside an
                   axis is clamped to it (reads that must not happen are guarded by a Piecewise).
     w             inside `Attend.weight` only: the normalised weight of (b, h, i, j)
+    total         inside `Attend.denominator` only: the sum of the scores of (b, h, i) over the keys it sees
     mass_<group>  inside `Groups.weights` only: the softmax mass of that group of keys for (b, h, i), summing to one over groups
 
 A tensor is read at one index tuple only within an operation, so that its name says which value is meant. The axes of a matrix that mixes
@@ -31,10 +32,11 @@ B, H, I, J = sympy.symbols("b h i j", integer=True, nonnegative=True)
 NQ, NK = sympy.symbols("Nq Nk", integer=True, positive=True)
 
 W = sympy.Symbol("w", real=True)
+TOTAL = sympy.Symbol("total", real=True)
 G = sympy.Symbol("g", integer=True, nonnegative=True)
 
 INDICES: Mapping[str, sympy.Symbol] = {"b": B, "h": H, "i": I, "j": J}
-_SYMBOLS: Mapping[str, sympy.Symbol] = {"qk": QK, "w": W, "Nq": NQ, "Nk": NK, **INDICES}
+_SYMBOLS: Mapping[str, sympy.Symbol] = {"qk": QK, "w": W, "total": TOTAL, "Nq": NQ, "Nk": NK, **INDICES}
 _IN_AN_INDEX = frozenset({B, H, I, J, NQ, NK})
 
 # Where a tensor operand is read: one index per axis.

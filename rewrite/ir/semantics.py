@@ -59,15 +59,24 @@ def mix_heads(mix: HeadMix | None, terms: torch.Tensor, values: Mapping[str, tor
     return mixed if mix.bias is None else mixed + values[mix.bias].to(terms.dtype).view(-1, 1, 1)
 
 
-def normalised(operation: Attend, scores: torch.Tensor, seen: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
-    """Scores to weights over keys, [B, H, Nq, Nk], which `seen` may broadcast to; `sink` [B, H, Nq, 1]: a key without a value."""
+def normalised(
+    operation: Attend, scores: torch.Tensor, seen: torch.Tensor, sink: torch.Tensor | None, environment: Mapping[str, Value]
+) -> torch.Tensor:
+    """Scores to weights over keys, [B, H, Nq, Nk], which `seen` may broadcast to; `sink` [B, H, Nq, 1]: a key without a value.
+
+    environment: positions by name, which the denominator may depend on.
+    """
     if operation.normaliser == "softmax":
         hidden = scores.masked_fill(~seen, -torch.inf)
         logits = hidden if sink is None else torch.cat([hidden, sink], dim=-1)
         # A row of nothing but -inf is NaN: it sees no key.
         return logits.softmax(-1)[..., : scores.shape[-1]].masked_fill(~seen.any(-1, keepdim=True), 0.0)
     kept = scores.masked_fill(~seen, 0.0)
-    return kept if operation.normaliser == "none" else _divided(kept, kept.sum(-1, keepdim=True) + operation.epsilon)
+    if operation.normaliser == "none":
+        return kept
+    total = kept.sum(-1, keepdim=True)
+    denominator = evaluate_expression(operation.denominator, {**environment, "total": total})
+    return _divided(kept, torch.as_tensor(denominator, dtype=total.dtype, device=total.device).expand_as(total))
 
 
 def _divided(terms: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
@@ -93,7 +102,7 @@ def attention_weights(operation: Attend, values: Mapping[str, torch.Tensor]) -> 
     seen = torch.as_tensor(evaluate_expression(operation.mask, environment), device=dot.device)
     seen = seen.reshape((1,) * (4 - seen.dim()) + seen.shape)
     sink = None if operation.sink is None else value_of(operation.sink, dot[..., :1])
-    weights = mix_heads(operation.weight_mix, normalised(operation, score, seen, sink), values)
+    weights = mix_heads(operation.weight_mix, normalised(operation, score, seen, sink, environment), values)
     # A bias of the mix, or another head's mask, would let hidden pairs weigh something.
     environment["w"] = weights if operation.weight_mix is None else weights.masked_fill(~seen, 0.0)
     weights = value_of(operation.weight, dot)

@@ -10,7 +10,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 from torch import fx
 
-from rewrite.ir.expression import QK, B, H, I, J, W, read
+from rewrite.ir.expression import QK, TOTAL, B, H, I, J, W, read
 from rewrite.ir.operations import Attend, HeadMix, Normaliser
 from rewrite.recognise.channels import runs_over_channels
 from rewrite.recognise.contraction import number
@@ -105,7 +105,8 @@ def assemble(
     attend = Attend(
         "output", "query", "key", "value",
         score=score.subs(replaced), mask=form.mask.subs(replaced) if form.mask is not sympy.true else form.mask,
-        normaliser=form.normaliser, epsilon=form.epsilon, sink=None if form.sink is None else form.sink.subs(replaced),
+        normaliser=form.normaliser, denominator=TOTAL + form.epsilon if form.epsilon else TOTAL,
+        sink=None if form.sink is None else form.sink.subs(replaced),
         weight=form.weight.subs(replaced), renormalised=form.renormalised,
         score_mix=_head_mix("score", form.score_mixture, heads, named), weight_mix=_head_mix("weight", form.weight_mixture, heads, named),
     )  # fmt: skip

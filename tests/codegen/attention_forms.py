@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from rewrite.ir import NK, NQ, QK, Attend, B, G, Groups, H, HeadMix, I, J, Sigmoid, W, mass, read, tensor
+from rewrite.ir import NK, NQ, QK, TOTAL, Attend, B, G, Groups, H, HeadMix, I, J, Sigmoid, W, mass, read, tensor
 
 SCALE = sympy.Float(0.125)
 
@@ -103,7 +103,7 @@ def guarded_table() -> Attend:
 
 
 def linear() -> Attend:
-    return replace(causal(), score=(SCALE * QK) ** 2, normaliser="sum", epsilon=0.25)
+    return replace(causal(), score=(SCALE * QK) ** 2, normaliser="sum", denominator=TOTAL + 0.25)
 
 
 def rectified() -> Attend:
@@ -113,6 +113,13 @@ def rectified() -> Attend:
 
 def sigmoid() -> Attend:
     return replace(masked("bij"), score=1 / (1 + sympy.exp(-(SCALE * QK + tensor("bias", "h")))) / NK, normaliser="none")
+
+
+def rectified_or_scaled() -> Attend:
+    """MPCViT: some heads ReLU over its sum, the others their scores over the number of keys."""
+    rectifies = sympy.Eq(sympy.Mod(H, 2), 0)
+    score = sympy.Piecewise((sympy.Max(0, SCALE * QK), rectifies), (SCALE * QK, True))
+    return replace(causal(), score=score, normaliser="sum", denominator=sympy.Piecewise((TOTAL + 1e-5, rectifies), (I + NK - NQ + 1, True)))
 
 
 def flash_sigmoid() -> Attend:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 
 from codegen.tensor_reads import derivative
 from codegen.weight_form import weight_factor
-from rewrite.ir import QK, Attend
+from rewrite.ir import QK, TOTAL, Attend
 from rewrite.ir.semantics import all_positions, attend, attention_weights, evaluate_expression, mix_heads, read_at
 
 # A group weight such as 1 + 0.4 (m2 + m3) / m1 has a few masses in it, each off as a softmax weight is.
@@ -85,9 +86,15 @@ def weight_error(operation: Attend, values: dict[str, torch.Tensor]) -> torch.Te
     # s_j / sum: both are off, and where the sum is nothing but error, so is the result.
     score, seen, _ = scores(operation, values)
     total = score.masked_fill(~seen, 0.0).sum(-1, keepdim=True)
-    relative = (error * (count + score.shape[-1] * weights) / (total + operation.epsilon)).expand_as(weights)
-    unknown = (total + operation.epsilon <= score.shape[-1] * error) & seen.any(-1, keepdim=True)
-    return relative.masked_fill(total + operation.epsilon == 0, 0.0).masked_fill(unknown, torch.inf)
+
+    def below(expression: sympy.Expr) -> torch.Tensor:
+        value = evaluate_expression(expression, {**known, "total": total})
+        return torch.as_tensor(value, dtype=torch.float64).abs().expand_as(total)
+
+    divisor, changes = below(operation.denominator), below(derivative(operation.denominator, TOTAL))
+    relative = (error * (count + changes * score.shape[-1] * weights) / divisor).expand_as(weights)
+    unknown = (divisor <= changes * score.shape[-1] * error) & seen.any(-1, keepdim=True)
+    return relative.masked_fill(divisor == 0, 0.0).masked_fill(unknown & (changes > 0), torch.inf)
 
 
 def output_budget(operation: Attend, values: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

@@ -46,6 +46,7 @@ STREAMED: dict[str, Callable[[], Attend]] = {
     "guarded table": forms.guarded_table,
     "linear": forms.linear,
     "rectified": forms.rectified,
+    "rectified or scaled by head": forms.rectified_or_scaled,
     "sigmoid": forms.sigmoid,
     "sigmoid, bias by row": forms.flash_sigmoid,
     "temperature by row": forms.row_temperature,

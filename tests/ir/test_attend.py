@@ -8,13 +8,13 @@ import pytest
 import sympy
 import torch
 
-from rewrite.ir import NK, QK, Attend, B, G, Groups, H, HeadMix, I, J, W, mass, read, tensor
+from rewrite.ir import NK, QK, TOTAL, Attend, B, G, Groups, H, HeadMix, I, J, W, mass, read, tensor
 from rewrite.ir.semantics import attend, attention_weights
 
 PLAIN = Attend("out", "query", "key", "value", QK / 2)
 MASKED = replace(PLAIN, mask=sympy.And(J <= I, I > 0))
 UNUSUAL: dict[str, Attend] = {
-    "is linear attention": replace(PLAIN, normaliser="sum", epsilon=1e-6),
+    "is linear attention": replace(PLAIN, normaliser="sum", denominator=TOTAL + 1e-6),
     "no normaliser": replace(PLAIN, normaliser="none"),
     "has sink logits": replace(PLAIN, sink=tensor("t", "h")),
     "changes its weights": replace(PLAIN, weight=W * tensor("gate", "h")),
@@ -89,8 +89,13 @@ def test_other_normalisers() -> None:
     squares = replace(MASKED, score=QK**2)
     kept = (2 * logits(values)) ** 2 * seen()
     torch.testing.assert_close(attention_weights(replace(squares, normaliser="none"), values), kept)
-    weights = attention_weights(replace(squares, normaliser="sum", epsilon=0.5), values)
+    weights = attention_weights(replace(squares, normaliser="sum", denominator=TOTAL + 0.5), values)
     torch.testing.assert_close(weights, kept / (kept.sum(-1, keepdim=True) + 0.5))
+    by_head = sympy.Piecewise((NK + I, sympy.Eq(H, 1)), (TOTAL, True))
+    divisor = kept.sum(-1, keepdim=True).clone()
+    divisor[:, 1] = 5 + torch.arange(4.0)[:, None]
+    weights = attention_weights(replace(squares, normaliser="sum", denominator=by_head), values)
+    torch.testing.assert_close(weights, (kept / divisor).nan_to_num())
 
 
 def test_a_weight_is_changed_and_normalised_again() -> None:
@@ -128,8 +133,10 @@ def test_a_tensor_is_read_at_expressions() -> None:
     [
         ({"normaliser": "max"}, "no such normaliser"),
         ({"normaliser": "none", "sink": tensor("t", "h")}, "a logit of a softmax"),
-        ({"epsilon": 0.1}, "'sum' normaliser"),
-        ({"normaliser": "sum", "epsilon": -0.1}, "not be negative"),
+        ({"denominator": TOTAL + 1}, "'sum' normaliser"),
+        ({"normaliser": "sum", "denominator": TOTAL + J}, "not on j"),
+        ({"normaliser": "sum", "denominator": TOTAL + tensor("t", "h")}, "not on t"),
+        ({"normaliser": "sum", "score": QK / TOTAL}, "total belongs to the denominator"),
         ({"score": QK + W}, "w belongs to the weight"),
         ({"weight": W * QK}, "qk to the score"),
         ({"mask": QK > 0}, "qk to the score"),
@@ -151,7 +158,7 @@ def test_parts_that_do_not_go_together(parts: dict[str, object], reason: str) ->
     [
         (PLAIN, "out = softmax(qk/2) @ value"),
         (replace(PLAIN, mask=J <= I, sink=tensor("t", "h")), "out = softmax(qk/2, where=j <= i, sink=t[h]) @ value"),
-        (UNUSUAL["is linear attention"], "out = sum(qk/2, epsilon=1e-06) @ value"),
+        (UNUSUAL["is linear attention"], "out = sum(qk/2, denominator=total + 1.0e-6) @ value"),
         (UNUSUAL["no normaliser"], "out = scores(qk/2) @ value"),
         (UNUSUAL["mixes heads"], "out = mixed(softmax(mixed(qk/2, before, shift)), after) @ value"),
         (
