@@ -84,10 +84,16 @@ def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | Non
 
 
 def _vmap_levels(node: fx.Node) -> list[fx.Node]:
-    """What opens and closes the levels of a traced vmap in front of a node: no operand holds it, and batched operands need it."""
-    levels = [each for each in node.graph.nodes if each.op == "call_function" and each.target in _LEVELS and each < node]
-    opened = sum(each.target is _LEVELS[0] for each in levels)
-    return levels if 2 * opened == len(levels) else []
+    """What opens and closes the levels of a traced vmap that the node may be computed in: no operand holds it, batched operands need it."""
+    levels: list[fx.Node] = []
+    opened = 0
+    for each in node.graph.nodes:
+        if each > node and not opened:
+            break
+        if each.op == "call_function" and each.target in _LEVELS:
+            levels.append(each)
+            opened += 1 if each.target is _vmap_increment_nesting else -1
+    return levels
 
 
 def _value(node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[fx.Node, Any]) -> Any:
