@@ -64,7 +64,7 @@ class AttentionBlock:
             d_weights = divided(d_weights - (self.weights * d_weights).sum(-1, keepdim=True), self.sum)
         if attend.weight != W:
             gradients.through(attend.weight, d_weights, values, visit)
-            d_weights = d_weights * block.evaluate(derivative(attend.weight, W))
+            d_weights = d_weights * block.filled(derivative(attend.weight, W), d_weights)
         if attend.weight_mix is not None:
             d_weights = _through_mix(attend.weight_mix, self._seen(d_weights), self.normalised.weights, self.tensors, gradients)
         d_scores, d_sink = normalise_gradients(attend, self.normalised, d_weights, d_lse)
@@ -73,8 +73,7 @@ class AttentionBlock:
         if attend.score_mix is not None:
             d_scores = _through_mix(attend.score_mix, d_scores, self.scores, self.tensors, gradients)
         gradients.through(attend.score, d_scores, values, visit)
-        d_dot: torch.Tensor = d_scores * block.evaluate(derivative(attend.score, QK))
-        return d_dot
+        return d_scores * block.filled(derivative(attend.score, QK), d_scores)
 
     def _through_groups(self, groups: GroupBlock, d_weights: torch.Tensor, gradients: TensorGradients) -> torch.Tensor:
         counted = groups.per_group(self.normalised.weights * d_weights)

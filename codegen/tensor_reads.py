@@ -99,7 +99,8 @@ class TensorGradients:
         for gradient in self._of.values():
             slope = derivative(expression, gradient.read)
             if slope != 0:
-                gradient.add((received * evaluate_expression(slope, values)).masked_fill_(received == 0, 0.0), values, visit)
+                part = received * torch.as_tensor(evaluate_expression(slope, values), dtype=received.dtype, device=received.device)
+                gradient.add(part.masked_fill_(received == 0, 0.0), values, visit)
 
     def add_whole(self, parts: Mapping[str, torch.Tensor]) -> None:
         """Add what one visit gives to whole tensors, by name."""

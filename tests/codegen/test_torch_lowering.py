@@ -102,6 +102,16 @@ def test_gradients(form: str, broadcast: bool) -> None:
         assert (right - (0 if left is None else left)).abs().max() <= budget, name
 
 
+@pytest.mark.parametrize("form", ALL_FORMS)
+def test_gradients_have_the_operands_dtype(form: str) -> None:
+    """Numbers in an expression are doubles, which must not decide what a block is computed in."""
+    operation, shape = ALL_FORMS[form]
+    values = operands(operation, shape, torch.bfloat16)
+    leaves = {name: value.requires_grad_() for name, value in values.items() if value.is_floating_point()}
+    found = torch.autograd.grad(run(operation, values).sum(), list(leaves.values()), allow_unused=True)
+    assert all(gradient is None or gradient.dtype == leaf.dtype for gradient, leaf in zip(found, leaves.values(), strict=True))
+
+
 @pytest.mark.parametrize("operation", [forms.biased("hij"), forms.sinks("bhi"), forms.linear(), forms.talking_heads()])
 def test_gradient_of_the_log_sum_exp(operation: Attend) -> None:
     values = operands(operation, Shape(), torch.float64)

@@ -35,6 +35,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "temperature(kind='log', value=0.1)",
         "temperature(kind='log', learnable=True)",
     ),
+    "relu_attention": (
+        "relu_attention(divide='count')",
+        "relu_attention(relu_heads=(1,))",
+        "relu_attention(relu_heads=(0,), divide='count')",
+        "relu_attention(relu_heads=())",
+        "relu_attention(relu_heads=((), (0,), (1,), (1, 0)))",
+        "relu_attention(relu_heads=(3,), layers=(3,))",
+    ),
     "sigmoid": ("sigmoid(bias=-3.0)", "sigmoid(bias=0.5, layers=(3,))", "sigmoid(layers=(1,))"),
     "sink_redistribution": (
         "sink_redistribution(p=0.0, rho=1.0, summ=0.0)",
@@ -113,6 +121,7 @@ def test_a_rewritten_site_survives_its_json_form(setting: Pass) -> None:
         for attend in applied(setting, case).sites[0].body.attends():
             again = Attend.from_json(attend.to_json())
             assert (again.score, again.mask, again.groups) == (attend.score, attend.mask, attend.groups), case
+            assert (again.normaliser, again.denominator) == (attend.normaliser, attend.denominator), case
 
 
 @pytest.mark.parametrize("name", PASSES)
