@@ -186,7 +186,7 @@ def _leads_to_scale(node: fx.Node) -> bool:
 def _output(
     out_axes: Axes, batch: Axis, heads: Axis, rest: tuple[Axis, Axis], node: fx.Node
 ) -> tuple[Axis, Axis, tuple[tuple[int, ...], tuple[Length, ...] | None]]:
-    """How an attention's result becomes the output node, and with it which of the indices that all operands share are batch and which heads.
+    """How a result becomes the output node, and with it which of the indices that all operands share are of the batch and which of heads.
 
     An index is one of heads rather than of the batch where the output holds it apart from the batch (queries in between).
     """

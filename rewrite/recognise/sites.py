@@ -15,6 +15,7 @@ from rewrite.ir.site import Site, TokenLayout
 from rewrite.recognise.composites import expand_composites
 from rewrite.recognise.functional import forwarded_writes, overwritten, remaining_writes
 from rewrite.recognise.masks import hides_later
+from rewrite.recognise.open_masks import drop_open_masks
 from rewrite.recognise.operators import hinted_shape, module_path
 from rewrite.recognise.region import Region
 from rewrite.recognise.regions import NearMiss, find_regions
@@ -66,6 +67,7 @@ def recognise(
     proofs = {} if proofs is None else proofs
     composed = [NearMiss(node.name, module_path(node), reason) for node, reason in expand_composites(graph, proofs)]
     forwarded_writes(graph)
+    drop_open_masks(graph)
     regions, found = find_regions(graph)
     told = {miss.node for miss in composed}
     missed = (*composed, *(miss for miss in found if miss.node not in told))
