@@ -2,10 +2,11 @@
 
 from passes.linearize.agent import Agent
 from passes.prune.token_exit import TokenExit
+from passes.redistribute.head_reinforce import HeadReinforce
 from passes.redistribute.relu_attention import ReluAttention
 from passes.redistribute.sigmoid import SigmoidAttention
 from passes.redistribute.sink_redistribution import SinkRedistribution
 from passes.redistribute.temperature import Temperature
 from passes.sparsify.neighborhood import Neighborhood
 
-__all__ = ["Agent", "Neighborhood", "ReluAttention", "SigmoidAttention", "SinkRedistribution", "Temperature", "TokenExit"]
+__all__ = ["Agent", "HeadReinforce", "Neighborhood", "ReluAttention", "SigmoidAttention", "SinkRedistribution", "Temperature", "TokenExit"]

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 import codegen
-from rewrite.ir.operations import Attend, DepthwiseConv, Pool
+from rewrite.ir.operations import Attend, DepthwiseConv, Pool, ReinforceHeads
 from rewrite.ir.site import Site
 from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
 
@@ -103,6 +103,11 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 taps = 9  # the paper's kernel is 3 x 3
                 multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * math.prod(operation.grid) * taps
                 moved += 2 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.source]
+            case ReinforceHeads():
+                tokens[operation.result] = tokens[operation.output]
+                multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.output]
+                # Two outputs are read, one is written.
+                moved += 3 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.output]
             case _:
                 pass
     return Cost(multiply_adds, _S["itemsize"] * moved, tuple(sorted({**site.dims, "itemsize": itemsize}.items())))

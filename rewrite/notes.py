@@ -26,7 +26,7 @@ class Note:
     """What is known of one cache entry [B, H, K, D].
 
     positions: [B, K] place that each token had in the full sequence, or None where none left. length: the full sequence's length.
-    groups: [B, n] group of each of the first n tokens (later ones were generated: text), or None.
+    groups: [B, n] group of each of the first n tokens, as the layer's `Grouping` gave it (later ones were generated: group 0), or None.
     """
 
     positions: torch.Tensor | None

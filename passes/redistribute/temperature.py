@@ -43,8 +43,8 @@ class Temperature(Pass):
     name = "temperature"
     family = "redistribute"
     paper = (
-        "Gu, Tresp, Qin: Are Vision Transformers Robust to Patch Perturbations?, ECCV 2022 (constant); Zhang, Chang, Li, Thrampoulidis, "
-        "Oymak: Selective Attention, NeurIPS 2024 (arXiv 2411.12892; position, log)"
+        "Gu, Tresp, Qin: Are Vision Transformers Robust to Patch Perturbations?, ECCV 2022 (constant); Zhang, Chang, Li, Roy-Chowdhury, "
+        "Chen, Oymak: Selective Attention, NeurIPS 2024 (arXiv 2411.12892; position, log)"
     )
     formula = "a[i] = softmax(f(i) score[i]), f(i) = 1/t, or 1 + exp(-exp(beta)) log(row_len(i)), or 1 + beta log(row_len(i))"
     fits = Fits(kinds=frozenset({"self"}))

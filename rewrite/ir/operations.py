@@ -21,9 +21,11 @@ __all__ = [
     "Operation",
     "Parameter",
     "Pool",
+    "ReinforceHeads",
     "SinkGroups",
     "Statistic",
     "Sum",
+    "VisualGroups",
 ]
 
 
@@ -102,7 +104,39 @@ class SinkGroups:
     epsilon: float = 1e-6
 
 
-Operation = Attend | Statistic | Pool | DepthwiseConv | GridBias | Sum | SinkGroups
+@dataclass(frozen=True)
+class VisualGroups:
+    """Keys split into text and image; visual [B, N] (bool) covers the new tokens, earlier ones keep the group they were given.
+
+    Two results: result [B, Nk] int32 (0 text, 1 visual); active [B, N] int32, one where the query comes after the last visual token of its
+    row.
+    """
+
+    result: str
+    active: str
+    visual: str
+
+
+@dataclass(frozen=True)
+class ReinforceHeads:
+    """The outputs of the heads that look at the image most, times a factor.
+
+    output [B, H, Nq, Dv], without: likewise, computed without the visual keys, active [B, Nq] int32; result as output. For a query that is
+    active, the `heads` heads with the greatest |output - without|, the norm being over Dv, are scaled by `factor`.
+    """
+
+    result: str
+    output: str
+    without: str
+    active: str
+    heads: int
+    factor: float
+
+
+# Operations that sort keys into groups: their first result is kept for the keys that a KV cache holds (`rewrite.notes`).
+Grouping = SinkGroups | VisualGroups
+
+Operation = Attend | Statistic | Pool | DepthwiseConv | GridBias | Sum | SinkGroups | VisualGroups | ReinforceHeads
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,20 @@ from rewrite.ir.evaluation import (
     without_fractions,
 )
 from rewrite.ir.expression import I, J, letters, tensors_in
-from rewrite.ir.operations import Attend, Body, DepthwiseConv, GridBias, Groups, HeadMix, Operation, Pool, SinkGroups, Sum
+from rewrite.ir.operations import (
+    Attend,
+    Body,
+    DepthwiseConv,
+    GridBias,
+    Groups,
+    HeadMix,
+    Operation,
+    Pool,
+    ReinforceHeads,
+    SinkGroups,
+    Sum,
+    VisualGroups,
+)
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site
 from rewrite.ir.statistic import Statistic
@@ -46,7 +59,9 @@ __all__ = [
     "positions",
     "read_at",
     "read_statistic",
+    "reinforce_heads",
     "sink_groups",
+    "visual_groups",
     "without_fractions",
 ]
 
@@ -199,6 +214,30 @@ def sink_groups(
     return codes, active.to(torch.int32), is_visual.sum(1).to(torch.float32)
 
 
+def visual_groups(
+    operation: VisualGroups, values: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operation's two results; `cached` [B, earlier] holds the groups that tokens of a KV cache were given."""
+    visual = values[operation.visual]
+    codes, new = torch.where(visual, VISUAL, TEXT).to(torch.int32), visual.shape[1]
+    if cached is not None:
+        codes = torch.cat([cached.expand(codes.shape[0], -1), codes], dim=1)
+    place = torch.arange(codes.shape[1], device=codes.device)
+    last_visual = torch.where(codes == VISUAL, place, -1).amax(1, keepdim=True)
+    active = (place[-new:] > last_visual) & (last_visual >= 0)
+    return codes, active.to(torch.int32)
+
+
+def reinforce_heads(operation: ReinforceHeads, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Which heads are chosen has no gradient."""
+    output, without, active = values[operation.output], values[operation.without], values[operation.active]
+    difference = output.detach() - without.detach()
+    distance = torch.linalg.vector_norm(difference, dim=-1, dtype=torch.promote_types(difference.dtype, torch.float32))
+    chosen = torch.zeros_like(distance, dtype=torch.bool).scatter(1, distance.topk(operation.heads, dim=1).indices, True)
+    chosen = chosen & (active != 0)[:, None]
+    return torch.where(chosen[..., None], output * operation.factor, output)
+
+
 def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], cached: torch.Tensor | None = None) -> None:
     """Add the operation's results to `values`."""
     match operation:
@@ -216,10 +255,14 @@ def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], ca
             values[operation.result] = functools.reduce(operator.add, (values[term] for term in operation.terms))
         case SinkGroups():
             values[operation.result], values[operation.active], values[operation.count] = sink_groups(operation, values, cached)
+        case VisualGroups():
+            values[operation.result], values[operation.active] = visual_groups(operation, values, cached)
+        case ReinforceHeads():
+            values[operation.result] = reinforce_heads(operation, values)
 
 
 def evaluate(body: Body, operands: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None) -> torch.Tensor:
-    """The site's output [B, H, Nq, Dv] from its operands, densely, in their dtype; `cached` as in `sink_groups`."""
+    """The site's output [B, H, Nq, Dv] from its operands, densely, in their dtype; `cached` as in `sink_groups` and its like."""
     values = dict(operands)
     for operation in body.operations:
         evaluate_operation(operation, values, cached)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from rewrite.ir import semantics
-from rewrite.ir.operations import DepthwiseConv, GridBias, Pool, SinkGroups
+from rewrite.ir.operations import DepthwiseConv, GridBias, Pool, ReinforceHeads, SinkGroups, VisualGroups
 
 
 def pool(source: torch.Tensor, grid: tuple[int, ...], size: tuple[int, ...], prefix: int) -> torch.Tensor:
@@ -49,6 +49,17 @@ def sink_groups(
     """Groups of keys for visual attention sinks, which queries they act on, and the number of visual tokens; see `SinkGroups`."""
     operation = SinkGroups("", "", "", "hidden", "visual", tuple(dims), threshold, epsilon)
     return semantics.sink_groups(operation, {"hidden": hidden, "visual": visual}, cached)
+
+
+def visual_groups(visual: torch.Tensor, cached: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which keys are visual, and which queries come after them; see `VisualGroups`."""
+    return semantics.visual_groups(VisualGroups("", "", "visual"), {"visual": visual}, cached)
+
+
+def reinforce_heads(output: torch.Tensor, without: torch.Tensor, active: torch.Tensor, heads: int, factor: float) -> torch.Tensor:
+    """The heads that look at the image most, scaled; see `ReinforceHeads`."""
+    operation = ReinforceHeads("", "output", "without", "active", heads, factor)
+    return semantics.reinforce_heads(operation, {"output": output, "without": without, "active": active})
 
 
 def no_visual(hidden: torch.Tensor) -> torch.Tensor:

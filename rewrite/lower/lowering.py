@@ -11,7 +11,18 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from rewrite.ir.operations import Attend, DepthwiseConv, GridBias, Operation, Pool, SinkGroups, Statistic, Sum
+from rewrite.ir.operations import (
+    Attend,
+    DepthwiseConv,
+    GridBias,
+    Operation,
+    Pool,
+    ReinforceHeads,
+    SinkGroups,
+    Statistic,
+    Sum,
+    VisualGroups,
+)
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.recognise.operators import value_of
@@ -158,6 +169,17 @@ def _sink_groups(graph: fx.Graph, operation: SinkGroups, values: dict[str, fx.No
         values[name] = graph.call_function(operator.getitem, (results, place))
 
 
+def _visual_groups(graph: fx.Graph, operation: VisualGroups, values: dict[str, fx.Node]) -> None:
+    results = graph.call_function(functions.visual_groups, (values[operation.visual], values.get("cached_groups")))
+    for place, name in enumerate((operation.result, operation.active)):
+        values[name] = graph.call_function(operator.getitem, (results, place))
+
+
+def _reinforce_heads(graph: fx.Graph, operation: ReinforceHeads, values: dict[str, fx.Node]) -> None:
+    tensors = (values[name] for name in (operation.output, operation.without, operation.active))
+    values[operation.result] = graph.call_function(functions.reinforce_heads, (*tensors, operation.heads, operation.factor))
+
+
 _LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], None]] = {
     Attend: _attend,
     Pool: _pool,
@@ -165,5 +187,7 @@ _LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], N
     GridBias: _grid_bias,
     Sum: _sum,
     SinkGroups: _sink_groups,
+    VisualGroups: _visual_groups,
+    ReinforceHeads: _reinforce_heads,
     Statistic: _statistic,
 }

@@ -15,7 +15,7 @@ from torch import fx
 
 import codegen
 from rewrite.ir.errors import ModelCallError, NotApplicableError
-from rewrite.ir.operations import Parameter, SinkGroups
+from rewrite.ir.operations import Grouping, Parameter
 from rewrite.ir.program import Exit, Program
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
@@ -112,7 +112,7 @@ class ProgramLowering:
         given: dict[str, fx.Node] = {}
         for parameter in site.body.parameters:
             given[parameter.name] = self._parameter(f"{site.name}.{parameter.name}", parameter)
-        groups = [operation for operation in site.body.operations if isinstance(operation, SinkGroups)]
+        groups = [operation for operation in site.body.operations if isinstance(operation, Grouping)]
         if groups:
             if entry.stream is None:
                 raise NotApplicableError(f"{site.name}: the hidden states that enter its layer were not found")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from rewrite.ir import NK, NQ, QK, Attend, AttentionInputs, Body, I, J, Program, SinkGroups, Site, TokenLayout, tensor
-from rewrite.ir.semantics import evaluate_site, sink_groups
+from rewrite.ir import NK, NQ, QK, Attend, AttentionInputs, Body, Grouping, I, J, Program, Site, TokenLayout, tensor
+from rewrite.ir.semantics import evaluate_operation, evaluate_site
 
 BATCH, WIDTH = 2, 4
 SCALE = sympy.Rational(3, 10)
@@ -91,9 +91,12 @@ class Example:
         """The program's one site by the reference semantics."""
         (changed,) = program.sites
         earlier = self.site.dims["Nk"] - self.site.dims["Nq"]
-        groups = next((operation for operation in changed.body.operations if isinstance(operation, SinkGroups)), None)
+        groups = next((operation for operation in changed.body.operations if isinstance(operation, Grouping)), None)
         past = {"hidden": self.hidden[:, :earlier], "visual": self.visual[:, :earlier]}
-        cached = sink_groups(groups, past)[0] if groups is not None and earlier else None
+        cached = None
+        if groups is not None and earlier:
+            evaluate_operation(groups, past)
+            cached = past[groups.result]
         return evaluate_site(program, changed, {**self.operands, **parameters}, self.visual, cached)
 
     def inputs(self, parameters: dict[str, torch.Tensor]) -> AttentionInputs:

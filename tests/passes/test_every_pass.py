@@ -35,6 +35,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "temperature(kind='log', value=0.1)",
         "temperature(kind='log', learnable=True)",
     ),
+    "head_reinforce": (
+        "head_reinforce(factor=0.5, share=1.0)",
+        "head_reinforce(factor=2.0, share=0.25)",
+        "head_reinforce(layers=(0,))",
+    ),
     "relu_attention": (
         "relu_attention(divide='count')",
         "relu_attention(relu_heads=(1,))",
