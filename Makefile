@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test test-corpus coverage lint clean
+.PHONY: demo test test-corpus coverage docs lint clean
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -33,6 +33,10 @@ test-corpus: .venv/.ready
 # docs/coverage.md. Goes on where an interrupted run stopped; FRESH=--fresh measures all again.
 coverage: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage $(FRESH)
+
+# docs/passes.md, from the registry of passes.
+docs: .venv/.ready
+	$(BIN)/python docs/write_passes.py
 
 clean:
 	rm -rf .venv demo

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
@@ -40,3 +42,12 @@ def test_identity_settings_are_as_the_table_says() -> None:
             told = row.rsplit("|", 2)[1].strip().strip("`")
             identity = cls.identity()
             assert told == ("no setting" if identity is None else str(identity).partition("(")[2].rstrip(")").replace("'", '"'))
+
+
+def test_page_of_passes_is_what_the_registry_says() -> None:
+    spec = importlib.util.spec_from_file_location("write_passes", ROOT / "docs" / "write_passes.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text() == module.page(), "run make docs"
