@@ -26,6 +26,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "neighborhood(window=(8, 3))",
         "neighborhood(window=(2, 3, 4))",
         "neighborhood(window=5, layers=(1, 2))",
+        "neighborhood(window=4, dilation=2, stride=3)",
+        "neighborhood(window=(3, 4), stride=(2, 4), causal=(True, False))",
+        "neighborhood(window=5, stride=2, causal=True)",
     ),
     "token_exit": ("token_exit(layer=0)", "token_exit(layer=4)", "token_exit(layer=6)"),
     "temperature": (
