@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from codegen.operands import named_operands, require_attention
+from codegen.operator import attend_op
+from codegen.received_kernel import has_triton_statistic, received
 from codegen.tensor_reads import accumulation_dtype
 from codegen.torch_statistics import result_shape, statistic_forward, statistic_gradients
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.statistic import Statistic
 
 
-@torch.library.custom_op("rewrite::attention_statistic", mutates_args=())
+@torch.library.custom_op("rewrite::attention_statistic", mutates_args=(), device_types="cpu")
 def statistic_op(
     query: torch.Tensor, key: torch.Tensor, tensors: Sequence[torch.Tensor], lse: torch.Tensor | None, statistic: str
 ) -> torch.Tensor:
@@ -28,6 +30,21 @@ def statistic_op(
     require_attention(query, key, key)
     named = named_operands(operation.tensors(), operation.attend.mixes, (query, key), tensors)
     return statistic_forward(operation, query, key, named, lse)
+
+
+@statistic_op.register_kernel("cuda")
+def _statistic_cuda(
+    query: torch.Tensor, key: torch.Tensor, tensors: Sequence[torch.Tensor], lse: torch.Tensor | None, statistic: str
+) -> torch.Tensor:
+    operation = Statistic.from_json(statistic)
+    require_attention(query, key, key)
+    named = named_operands(operation.tensors(), operation.attend.mixes, (query, key), tensors)
+    if has_triton_statistic(operation) is not None or query.dtype == torch.float64:
+        return statistic_forward(operation, query, key, named, lse)
+    if lse is None:
+        lse = attend_op(query, key, key, [named[name] for name in operation.attend.tensors()], operation.attend.to_json())[1]
+    with torch.cuda.device(query.device):
+        return received(operation, query, key, named, lse)
 
 
 @statistic_op.register_fake

@@ -101,8 +101,8 @@ class Report:
         """Say which rewritten sites have no Triton form, and why: they run in torch operators on a GPU too."""
         reasons: dict[str, list[str]] = {}
         for site in record.program.sites:
-            for attend in site.body.attends() if site.name in record.lowered else ():
-                reason = codegen.has_triton_form(attend)
+            for operation in site.body.operations if site.name in record.lowered else ():
+                reason = codegen.reason_without_kernel(operation)
                 if reason is not None:
                     reasons.setdefault(reason, []).append(site.name)
         notes = (f"{', '.join(names)} run in torch operators on every device, without a kernel: {why}" for why, names in reasons.items())

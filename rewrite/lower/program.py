@@ -193,12 +193,12 @@ class ProgramLowering:
             )
 
     def _emit(self, originals: Mapping[str, Found], sites: Mapping[str, Any]) -> None:
-        """One kernel per distinct attention of the rewritten sites."""
+        """One kernel per distinct attention of the rewritten sites, statistics among them."""
         members: dict[str, list[tuple[str, Any]]] = {}
         for name, site in sites.items():
             if site.body != originals[name].site.body:
-                for operation in filter(lambda each: codegen.has_triton_form(each) is None, site.body.attends()):
-                    members.setdefault(operation.to_json(), []).append((name, operation))
+                for attend in filter(None, map(codegen.kernel_attention, site.body.operations)):
+                    members.setdefault(attend.to_json(), []).append((name, attend))
         for entries in members.values():
             names = tuple(dict.fromkeys(name for name, _ in entries))
             passes = tuple(dict.fromkeys(by for name in names for by in self.program.passes_of(sites[name])))

@@ -76,3 +76,13 @@ def compile_while_interpreting(attend_json: str) -> str:
     except RewriteError as error:
         return str(error)
     return "compiled"
+
+
+def run_received(statistic_json: str, operands: list[torch.Tensor], lse: torch.Tensor) -> torch.Tensor:
+    """What keys receive, by the kernel with queries and keys exchanged. operands: query, key and the statistic's tensors."""
+    from codegen.received_kernel import received
+    from rewrite.ir.statistic import Statistic
+
+    statistic = Statistic.from_json(statistic_json)
+    query, key, *tensors = operands
+    return received(statistic, query, key, dict(zip(statistic.tensors(), tensors, strict=True)), lse)

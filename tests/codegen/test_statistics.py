@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import attention_forms as forms
+import interpreted
 import pytest
 import sympy
 import torch
 from attention_forms import Shape, operands
-from budget import in_double, weight_error
+from budget import in_double, score_error, weight_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codegen import statistic
 from codegen.operator import attend_op
+from codegen.received_kernel import has_triton_statistic
 from codegen.torch_statistics import statistic_forward, uses_lse
 from rewrite.ir import Attend, I, J, RewriteError, W, tensor
 from rewrite.ir.semantics import read_statistic
@@ -108,6 +112,46 @@ def test_low_precision_with_the_log_sum_exp(form: str, term: str, dtype: torch.d
     )
     assert ((found - wanted).abs() <= budget).all()
     assert uses_lse(made) == (form not in NORMALISED_OTHERWISE)
+
+
+SIGNED = W * (tensor("chosen", "bi") - 0.5)
+BY_KERNEL: dict[str, dict[str, Any]] = {
+    "received": {},
+    "received from some": TERMS["received from some"],
+    "signed": {"term": SIGNED},
+    "first row": TERMS["first row"],
+    "last row": TERMS["last row"],
+    "some rows": TERMS["some rows"],
+}
+EXCHANGED = ("plain", "causal", "biased", "masked", "empty rows", "sinks", "decomposed position")
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[ProcessPoolExecutor]:
+    with interpreted.start() as pool:
+        yield pool
+
+
+@pytest.mark.parametrize(("form", "term"), [(form, "received") for form in EXCHANGED] + [("causal", term) for term in BY_KERNEL][1:])
+def test_received_by_the_kernel(interpreter: ProcessPoolExecutor, form: str, term: str) -> None:
+    """Queries and keys exchanged, in Triton's interpreter."""
+    made, values = example(form, "received", torch.float32, Shape(n_queries=37, n_keys=53))
+    made = replace(made, **BY_KERNEL[term])
+    assert has_triton_statistic(made) is None
+    given = [values[name] for name in ("query", "key", *made.tensors())]
+    found = interpreter.submit(interpreted.run_received, made.to_json(), given, lse_of(made, values)).result()
+    wanted = read_statistic(made, in_double(values))
+    assert not found.isnan().any()
+    # Two log-sum-exps, each off as the scores are.
+    counted = read_statistic(replace(made, term=sympy.Abs(made.term)), in_double(values))
+    assert ((found - wanted).abs() <= 4 * score_error(made.attend, values) * counted + torch.finfo(torch.float32).tiny).all()
+
+
+@pytest.mark.parametrize("form", ["softcap", "grouped", "rectified", "gated", "talking heads"])
+def test_what_no_kernel_gives_is_said(form: str) -> None:
+    assert has_triton_statistic(Statistic("result", FORMS[form])) == "its weights are not the exponentials of scores that are linear in qk"
+    assert has_triton_statistic(Statistic("result", forms.plain(), "keys")) == "it is summed over keys"
+    assert "not w times a weight" in str(has_triton_statistic(Statistic("result", forms.plain(), term=W**2)))
 
 
 sizes = st.integers(1, 40)
