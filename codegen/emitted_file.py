@@ -45,7 +45,8 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
     facts |= {} if attend.denominator == TOTAL else {"the sum": f"{attend.denominator} in its place, total being the sum"}
     facts |= {} if attend.weight == W else {"counts": f"{attend.weight}, w being the normalised weight"}
     if groups is not None:
-        facts["g"] = f"{groups.membership}[b,j] -> {', '.join(f'{index} {name}' for index, name in enumerate(groups.names))}"
+        names = ", ".join(f"{index} {name}" for index, name in enumerate(groups.names))
+        facts["g"] = f"{groups.membership}[{','.join(map(str, groups.read))}] -> {names}"
         facts |= {f"weight {name}": str(weight) for name, weight in zip(groups.names, groups.weights, strict=True)}
     facts |= {"sites": ", ".join(sites) or "unnamed", "passes": ", ".join(passes) or "none"}
     lines = [f'"""{kernel.name}: attention streamed over blocks of keys.', ""]

@@ -17,15 +17,15 @@ from rewrite.ir.operations import Groups
 class GroupBlock:
     """The groups of one `ScoreBlock`.
 
-    one_hot [B, columns, G]: which group a key is in. masses, weights [B, H, rows, G].
+    one_hot [B, 1 or H, columns, G]: which group a key is in. masses, weights [B, H, rows, G].
     """
 
     def __init__(self, block: ScoreBlock, groups: Groups, attention: torch.Tensor) -> None:
         """attention: the softmax weights [B, H, rows, columns]. Adds the masses to the block's values."""
         self.block, self.groups = block, groups
-        member = block.values[groups.membership].flatten(1)
+        member = block.values[groups.membership].squeeze(2)
         codes = torch.arange(len(groups.names), device=member.device)
-        self.one_hot: torch.Tensor = (member[..., None] == codes).to(attention.dtype).expand(attention.shape[0], -1, -1)
+        self.one_hot: torch.Tensor = (member[..., None] == codes).to(attention.dtype).expand(attention.shape[0], -1, -1, -1)
         self.masses = self.per_group(attention)
         for index, name in enumerate(groups.names):
             block.values[str(mass(name))] = self.masses[..., index : index + 1]
@@ -33,11 +33,18 @@ class GroupBlock:
 
     def per_group(self, terms: torch.Tensor) -> torch.Tensor:
         """Sums over the keys of each group: [B, H, rows, columns] -> [B, H, rows, G]."""
-        return (terms.flatten(1, 2) @ self.one_hot).view(*terms.shape[:3], -1)
+        return self._product(terms, self.one_hot)
 
     def per_key(self, terms: torch.Tensor) -> torch.Tensor:
         """What each key's group says: [B, H, rows, G] -> [B, H, rows, columns], zero for keys of no group."""
-        return (terms.flatten(1, 2) @ self.one_hot.transpose(-2, -1)).view(*terms.shape[:3], -1)
+        return self._product(terms, self.one_hot.transpose(-2, -1))
+
+    @staticmethod
+    def _product(terms: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+        """terms [B, H, rows, n] @ matrix [B, 1 or H, n, m]; heads that share a matrix are rows of one product."""
+        if matrix.shape[1] == 1:
+            return (terms.flatten(1, 2) @ matrix[:, 0]).view(*terms.shape[:3], -1)
+        return terms @ matrix
 
     def _stack(self, terms: list[object]) -> torch.Tensor:
         """One term per group, each broadcasting against [B, H, rows, 1]; zero where a group has no mass (a weight may divide by it)."""

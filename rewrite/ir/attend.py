@@ -23,7 +23,7 @@ Normaliser = Literal["softmax", "sum", "none"]
 class Groups:
     """Keys split into groups whose softmax masses decide how much each group counts.
 
-    membership: name of an integer tensor [B, Nk]; entry g puts the key into group ``names[g]``.
+    membership: name of an integer tensor [B, Nk], or [B, H, Nk] where groups are `per_head`; entry g puts the key into group ``names[g]``.
     weights: one factor per group, an expression in the masses, `i` and tensors indexed by b, h, i. With a the softmax weights and
         g(j) the group of key j, the site's output is  sum_j weights[g(j)] * a[i,j] * v[j]:  nothing is normalised again.
     """
@@ -31,6 +31,12 @@ class Groups:
     membership: str
     names: tuple[str, ...]
     weights: tuple[sympy.Expr, ...]
+    per_head: bool = False
+
+    @property
+    def read(self) -> Indices:
+        """Where the membership is read."""
+        return (B, H, J) if self.per_head else (B, J)
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ class Attend:
         text = f"normalised({text})" if self.renormalised else text
         if self.groups is not None:
             weights = ", ".join(f"{name}: {weight}" for name, weight in zip(self.groups.names, self.groups.weights, strict=True))
-            text = f"grouped({text}, by={self.groups.membership}, {weights})"
+            text = f"grouped({text}, by={self.groups.membership}{list(self.groups.read)}, {weights})"
         return f"{self.result} = {text} @ {self.value}"
 
     def to_json(self) -> str:
@@ -162,6 +168,7 @@ class Attend:
                 "membership": groups.membership,
                 "names": list(groups.names),
                 "weights": [to_json(weight) for weight in groups.weights],
+                "per_head": groups.per_head,
             },
             "normaliser": self.normaliser,
             "denominator": to_json(self.denominator),
@@ -192,6 +199,7 @@ class Attend:
                 groups["membership"],
                 tuple(groups["names"]),
                 tuple(sympy.sympify(from_json(weight)) for weight in groups["weights"]),
+                groups["per_head"],
             ),
             normaliser=data["normaliser"],
             denominator=sympy.sympify(from_json(data["denominator"])),
@@ -212,7 +220,7 @@ def _mixed(mix: HeadMix | None, text: str) -> str:
 @lru_cache(maxsize=1024)
 def _tensors_of(operation: Attend) -> tuple[tuple[str, Indices], ...]:
     found = tensors_in(*operation.expressions(), operation.mask)
-    named: list[tuple[str, Indices]] = [] if operation.groups is None else [(operation.groups.membership, (B, J))]
+    named: list[tuple[str, Indices]] = [] if operation.groups is None else [(operation.groups.membership, operation.groups.read)]
     for mix in operation.mixes:
         named += [(mix.matrix, (G, H))] + ([] if mix.bias is None else [(mix.bias, (G,))])
     for name, places in named:

@@ -76,6 +76,14 @@ def grouped(is_causal: bool = True) -> Attend:
     return replace(causal() if is_causal else plain(), groups=groups)
 
 
+def grouped_by_head() -> Attend:
+    """Calibration of attention sinks that each head has of its own."""
+    rest = mass("rest")
+    gain = sympy.Piecewise((1 + 0.6 * mass("sink") / rest, rest > 1e-20), (sympy.Integer(1), True))
+    kept = sympy.Piecewise((sympy.Float(0.4), rest > 1e-20), (sympy.Integer(1), True))
+    return replace(causal(), groups=Groups("member", ("rest", "sink"), (gain, kept), per_head=True))
+
+
 def sinks(axes: str) -> Attend:
     """A logit without a key, per head or more (attention sinks)."""
     return replace(causal(), sink=tensor("t", axes) if axes else sympy.Integer(0))

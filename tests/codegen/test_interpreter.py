@@ -28,6 +28,7 @@ ANY_SIZE: dict[str, Callable[[], Attend]] = {
     "empty rows": forms.empty_rows,
     "grouped": forms.grouped,
     "grouped, every pair": lambda: forms.grouped(False),
+    "grouped by head": forms.grouped_by_head,
 }
 
 NEIGHBOURHOODS: dict[str, tuple[Attend, int]] = {

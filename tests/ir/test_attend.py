@@ -171,9 +171,22 @@ def test_parts_that_do_not_go_together(parts: dict[str, object], reason: str) ->
         ),
         (
             replace(PLAIN, groups=Groups("member", ("a", "b"), (mass("a"), sympy.Integer(1)))),
-            "out = grouped(softmax(qk/2), by=member, a: mass_a, b: 1) @ value",
+            "out = grouped(softmax(qk/2), by=member[b, j], a: mass_a, b: 1) @ value",
         ),
     ],
 )
 def test_text(operation: Attend, text: str) -> None:
     assert str(operation) == text
+
+
+def test_groups_of_every_head() -> None:
+    values = operands()
+    groups = Groups("member", ("a", "b"), (mass("b"), sympy.Integer(2)), per_head=True)
+    operation = replace(PLAIN, groups=groups)
+    assert replace(Attend.from_json(operation.to_json()), result="out") == operation
+    assert operation.tensors() == {"member": (B, H, J)}
+    values["member"] = torch.randint(0, 3, (2, 3, 5), generator=torch.Generator().manual_seed(1))
+    plain = logits(values).softmax(-1)
+    in_a, in_b = ((values["member"] == code)[:, :, None] for code in (0, 1))
+    expected = plain * (in_a * (plain * in_b).sum(-1, keepdim=True) + in_b * 2)
+    torch.testing.assert_close(attention_weights(operation, values), expected)
