@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import torch
 
-from codegen.kernel_reads import axis_names
+from codegen.backward_block import BackwardBlock, reads_pairs, way_of
+from codegen.kernel_reads import Owner, axis_names
 from codegen.launching import dot_precision
 from codegen.names import identifiers
-from codegen.tiles import power_of_two, tile_for
+from codegen.tiles import Tile, backward_tiles, power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import tensors_in
 from rewrite.ir.operations import Attend
@@ -89,51 +90,102 @@ def compile_kernel(
     tensor_dtypes: Mapping[str, torch.dtype],
 ) -> CompiledKernel:
     """Compile the function `name` of an emitted module; see `codegen.kernel.Kernel.compile`."""
+    _require(target, dtype)
+    call = _Call(module, name, attend, dtype, (head_dim, value_dim), tile_for(head_dim, value_dim, dtype.itemsize), tensor_dtypes)
+    return call.compiled(target, {"query": dtype, "key": dtype, "value": dtype, "out": dtype, "lse": torch.float32}, {"lse_stride_i": 1})
+
+
+# What the tensors' gradients are compiled as: summed by what the letters of their axes allow.
+_WAYS: Mapping[str, tuple[str, str]] = {"pairs": ("pairs", ""), "keys": ("", "keys"), "rows": ("rows", "")}
+
+
+def compile_backward(
+    module: ModuleType,
+    name: str,
+    attend: Attend,
+    *,
+    target: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    tensor_dtypes: Mapping[str, torch.dtype],
+) -> dict[str, CompiledKernel]:
+    """Compile both backward kernels of an emitted module; see `codegen.backward_kernel.BackwardKernel.compile`."""
+    _require(target, dtype)
+    tiles = backward_tiles(head_dim, value_dim, dtype.itemsize, reads_pairs(attend))
+    types = dict.fromkeys(("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value"), dtype)
+    types |= dict.fromkeys(("lse", "d_lse", "row_delta", "row_share"), torch.float32)
+    found: dict[str, CompiledKernel] = {}
+    owners: tuple[tuple[Owner, Tile], ...] = (("queries", tiles.queries), ("keys", tiles.keys))
+    for place, (owner, tile) in enumerate(owners):
+        call = _Call(module, f"{name}_{owner}", attend, dtype, (head_dim, value_dim), tile, tensor_dtypes)
+        gradients = BackwardBlock(attend, owner).gradients
+        ways: dict[str, int | str] = {f"{gradient}_by": _WAYS[way_of(attend, tensor)][place] for tensor, gradient in gradients.items()}
+        found[owner] = call.compiled(target, types | dict.fromkeys(gradients.values(), torch.float32), ways)
+    return found
+
+
+def _require(target: str, dtype: torch.dtype) -> None:
     if target not in TARGETS:
         raise RewriteError(f"no such target: {target!r}; kernels are compiled for {', '.join(TARGETS)}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RewriteError(f"no attention kernel for {dtype}; use float32, float16 or bfloat16")
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.runtime.jit import JITFunction
 
-    function = getattr(module, name)
-    if not isinstance(function, JITFunction):
-        raise RewriteError("kernels cannot be compiled while Triton interprets them; unset TRITON_INTERPRET and start again")
-    tile = tile_for(head_dim, value_dim, dtype.itemsize)
-    constants = {
-        "HEADS_PER_KEY": 1,
-        "D": head_dim,
-        "DV": value_dim,
-        "BLOCK_D": power_of_two(head_dim),
-        "BLOCK_DV": power_of_two(value_dim),
-        "BLOCK_Q": tile.block_q,
-        "BLOCK_K": tile.block_k,
-        "PRECISION": dot_precision(dtype),
-    }
-    # As for contiguous tensors, whose last stride is one; a launch finds that and makes it a constant too.
-    by_identifier = _by_identifier(attend, attend.tensors())
-    constants |= {f"{operand}_stride_{axis_names(indices)[-1]}": 1 for operand, indices in by_identifier.items() if indices}
-    constants["lse_stride_i"] = 1
-    types = {"query": dtype, "key": dtype, "value": dtype, "out": dtype, "lse": torch.float32}
-    types |= {"starts": torch.int32, "blocks": torch.int32, **_by_identifier(attend, tensor_types(attend, dtype, tensor_dtypes))}
-    signature = {
-        argument: "constexpr" if argument in constants else f"*{_TYPES[types[argument]]}" if argument in types else "i32"
-        for argument in function.arg_names
-    }
-    # As a launch from PyTorch would find them: addresses and strides are multiples of 16, lengths anything.
-    sizes = {f"{operand}_size_{axis}" for operand, indices in by_identifier.items() for axis in range(len(indices))}
-    lengths = {"H", "Nq", "Nk", *sizes}
-    aligned = [(index,) for index, argument in enumerate(function.arg_names) if argument not in constants and argument not in lengths]
-    source = ASTSource(function, signature, constants, {index: [["tt.divisibility", 16]] for index in aligned})
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], WARP), options=options)
-    used = _used(compiled.asm["cubin"])
-    return CompiledKernel(
-        target, dtype, head_dim, used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"],
-        compiled.asm["cubin"],
-    )  # fmt: skip
+
+@dataclass(frozen=True)
+class _Call:
+    """A function of an emitted module and what it is called with. widths: of heads and of values."""
+
+    module: ModuleType
+    name: str
+    attend: Attend
+    dtype: torch.dtype
+    widths: tuple[int, int]
+    tile: Tile
+    tensor_dtypes: Mapping[str, torch.dtype]
+
+    def compiled(self, target: str, types: Mapping[str, torch.dtype], more: Mapping[str, int | str]) -> CompiledKernel:
+        """types: of what the skeleton reads and writes. more: constants beside those that every kernel has."""
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from triton.runtime.jit import JITFunction
+
+        function, tile, (head_dim, value_dim) = getattr(self.module, self.name), self.tile, self.widths
+        if not isinstance(function, JITFunction):
+            raise RewriteError("kernels cannot be compiled while Triton interprets them; unset TRITON_INTERPRET and start again")
+        constants = {
+            "HEADS_PER_KEY": 1,
+            "D": head_dim,
+            "DV": value_dim,
+            "BLOCK_D": power_of_two(head_dim),
+            "BLOCK_DV": power_of_two(value_dim),
+            "BLOCK_Q": tile.block_q,
+            "BLOCK_K": tile.block_k,
+            "PRECISION": dot_precision(self.dtype),
+            **more,
+        }
+        # As for contiguous tensors, whose last stride is one; a launch finds that and makes it a constant too.
+        by_identifier = _by_identifier(self.attend, self.attend.tensors())
+        constants |= {f"{operand}_stride_{axis_names(indices)[-1]}": 1 for operand, indices in by_identifier.items() if indices}
+        known = {**types, "starts": torch.int32, "blocks": torch.int32}
+        known |= _by_identifier(self.attend, tensor_types(self.attend, self.dtype, self.tensor_dtypes))
+        constants = {argument: constant for argument, constant in constants.items() if argument in function.arg_names}
+        signature = {
+            argument: "constexpr" if argument in constants else f"*{_TYPES[known[argument]]}" if argument in known else "i32"
+            for argument in function.arg_names
+        }
+        # As a launch from PyTorch would find them: addresses and strides are multiples of 16, lengths anything.
+        given = [argument for argument in function.arg_names if argument not in constants and (argument in known or "_stride_" in argument)]
+        aligned = [(function.arg_names.index(argument),) for argument in given]
+        source = ASTSource(function, signature, constants, {index: [["tt.divisibility", 16]] for index in aligned})
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], WARP), options=options)
+        used = _used(compiled.asm["cubin"])
+        return CompiledKernel(
+            target, self.dtype, head_dim, used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"],
+            compiled.asm["cubin"],
+        )  # fmt: skip
 
 
 def _by_identifier(attend: Attend, facts: Mapping[str, Fact]) -> dict[str, Fact]:

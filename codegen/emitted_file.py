@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 
 import sympy
 
@@ -33,13 +34,9 @@ def kernel_name(attend: Attend) -> str:
     return "_".join(["attend", *(part for part, present in parts.items() if present)])
 
 
-def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, ...]) -> list[str]:
-    """The module docstring: equation, sites, passes."""
-    attend, groups = kernel.attend, kernel.attend.groups
-    weight = "" if groups is None else "weight[g(j)] * "
-    normaliser = {"softmax": "softmax_j", "sum": "divided_by_its_sum_j", "none": ""}[attend.normaliser]
-    normalised = f"{normaliser}(score over visible keys{'' if attend.sink is None else ' and the sink'})[i,j]"
-    normalised = normalised if attend.weight == W else f"counts({normalised})"
+def facts_of(attend: Attend, sites: tuple[str, ...], passes: tuple[str, ...]) -> dict[str, str]:
+    """What an emitted file says of its operation: a word -> what it stands for."""
+    groups = attend.groups
     facts = {"score": str(attend.score), "visible": "every pair" if attend.mask == sympy.true else str(attend.mask)}
     facts |= {} if attend.sink is None else {"sink": f"{attend.sink}, the logit of a key without a value"}
     facts |= {} if attend.denominator == TOTAL else {"the sum": f"{attend.denominator} in its place, total being the sum"}
@@ -48,9 +45,12 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
         names = ", ".join(f"{index} {name}" for index, name in enumerate(groups.names))
         facts["g"] = f"{groups.membership}[{','.join(map(str, groups.read))}] -> {names}"
         facts |= {f"weight {name}": str(weight) for name, weight in zip(groups.names, groups.weights, strict=True)}
-    facts |= {"sites": ", ".join(sites) or "unnamed", "passes": ", ".join(passes) or "none"}
-    lines = [f'"""{kernel.name}: attention streamed over blocks of keys.', ""]
-    lines += [f"    out[b,h,i,:] = sum_j {weight}{normalised} * value[b,h',j,:]", ""]
+    return facts | {"sites": ", ".join(sites) or "unnamed", "passes": ", ".join(passes) or "none"}
+
+
+def docstring(title: str, equations: Sequence[str], facts: Mapping[str, str]) -> list[str]:
+    """The docstring of an emitted module."""
+    lines = [f'"""{title}', "", *(f"    {equation}" for equation in equations), ""]
     width = max(map(len, facts))
     for fact, text in facts.items():
         lead = f"    {fact:<{width}}  "
@@ -58,6 +58,17 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
         said = text.replace("\\", "/").replace('"', "'")
         lines += textwrap.wrap(said, 120, initial_indent=lead, subsequent_indent=" " * len(lead), break_long_words=False)
     return [*lines, "", "Emitted by attention-rewrite; stored by content hash, so change a copy and not this file.", '"""', ""]
+
+
+def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, ...]) -> list[str]:
+    """The module docstring: equation, sites, passes."""
+    attend = kernel.attend
+    weight = "" if attend.groups is None else "weight[g(j)] * "
+    normaliser = {"softmax": "softmax_j", "sum": "divided_by_its_sum_j", "none": ""}[attend.normaliser]
+    normalised = f"{normaliser}(score over visible keys{'' if attend.sink is None else ' and the sink'})[i,j]"
+    normalised = normalised if attend.weight == W else f"counts({normalised})"
+    equation = f"out[b,h,i,:] = sum_j {weight}{normalised} * value[b,h',j,:]"
+    return docstring(f"{kernel.name}: attention streamed over blocks of keys.", [equation], facts_of(attend, sites, passes))
 
 
 def _imports(kernel: StreamingKernel) -> list[str]:

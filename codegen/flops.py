@@ -30,6 +30,8 @@ def _forward(query: Shape, key: Shape, value: Shape, tensors: Any, attend: str, 
 
 
 @register_flop_formula(attend_backward_op._opoverload.overloadpacket)
-def _backward(grad_out: Shape, grad_lse: Shape, operands: Sequence[Shape], wanted: Any, attend: str, *args: Any, **kwargs: Any) -> int:
+def _backward(
+    grad_out: Shape, grad_lse: Shape, out: Shape, lse: Shape, operands: Sequence[Shape], wanted: Any, attend: str, *args: Any, **kwargs: Any
+) -> int:
     query, key, value = operands[:3]
     return int(BACKWARD_TO_FORWARD * attend_flops(query, key, value, attend))

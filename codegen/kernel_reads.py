@@ -13,14 +13,17 @@ import sympy
 
 from codegen.names import identifiers
 from codegen.triton_printer import triton_text
-from rewrite.ir.expression import Indices, J, letters, tensors_in
+from rewrite.ir.expression import I, Indices, J, letters, tensors_in
 from rewrite.ir.operations import Attend
 
-# "tile" ([BLOCK_Q, BLOCK_K]) and "columns" ([BLOCK_K]) are loaded inside the loop over keys, "rows" before it ([BLOCK_Q, 1]), "end" after
-# it ([BLOCK_Q]).
-Part = Literal["tile", "columns", "rows", "end"]
+# Where a program owns queries and walks over keys: "tile" ([BLOCK_Q, BLOCK_K]) and "columns" ([BLOCK_K]) are loaded inside the loop,
+# "rows" before it ([BLOCK_Q, 1]), "end" after it ([BLOCK_Q]). Where it owns keys: "tile" ([BLOCK_K, BLOCK_Q]) inside, "keys" before it
+# ([BLOCK_K, 1]).
+Part = Literal["tile", "columns", "rows", "end", "keys"]
 
-_QUERY: dict[Part, str] = {"tile": "i[:, None]", "columns": "i", "rows": "i[:, None]", "end": "i"}
+# What a program owns a block of. Its block stands along the first axis of a tile, what it walks over along the second.
+Owner = Literal["queries", "keys"]
+OWNED, WALKED = "[:, None]", "[None, :]"
 
 
 def axis_names(indices: Indices) -> tuple[str, ...]:
@@ -29,15 +32,23 @@ def axis_names(indices: Indices) -> tuple[str, ...]:
 
 
 class KernelReads:
-    """The tensors of one operation. ids: tensor name -> identifier. group_ids: group name -> the end of its identifiers."""
+    """The tensors of one operation, in a kernel whose programs own blocks of queries or of keys.
 
-    def __init__(self, attend: Attend) -> None:
-        self.attend, self.tensors = attend, attend.tensors()
+    ids: tensor name -> identifier. group_ids: group name -> the end of its identifiers. by_query, by_key: how a vector over queries, over
+    keys, stands in a tile.
+    """
+
+    def __init__(self, attend: Attend, owner: Owner = "queries") -> None:
+        self.attend, self.tensors, self.owner = attend, attend.tensors(), owner
+        self.by_query, self.by_key = (OWNED, WALKED) if owner == "queries" else (WALKED, OWNED)
+        self._before: Part = "rows" if owner == "queries" else "keys"
         self.ids = identifiers(self.tensors)
         self.group_ids = {} if attend.groups is None else identifiers(attend.groups.names)
 
-    def _by_key(self, name: str) -> bool:
-        return any(J in index.free_symbols for index in self.tensors[name])
+    def _walked(self, name: str) -> bool:
+        """Whether the tensor changes along the walk."""
+        walked = J if self.owner == "queries" else I
+        return any(walked in index.free_symbols for index in self.tensors[name])
 
     def arguments(self) -> list[str]:
         """Lines of the kernel's signature: strides, and the sizes that indices are clamped to."""
@@ -64,7 +75,7 @@ class KernelReads:
         if plain is None:
             terms_ = (self._term(operand, place, part) for place in enumerate(indices))
             return "\n".join(["tl.load(", f"    {operand}", *(f"    + {term}" for term in terms_), ")"])
-        across, along = ("[:, None]" if part in ("tile", "rows") else ""), ("[None, :]" if part == "tile" else "")
+        across, along = (self.by_query if part in ("tile", "rows") else ""), (self.by_key if part in ("tile", "keys") else "")
         terms = {
             "b": f"b * {operand}_stride_b",
             "h": f"h * {operand}_stride_h",
@@ -82,20 +93,25 @@ class KernelReads:
         return f"tl.minimum(tl.maximum({text}, 0), {operand}_size_{axis} - 1).to(tl.int64) * {operand}_stride_{axis}"
 
     def _positions(self, part: Part) -> dict[str, str]:
-        return {"b": "b", "h": "h", "i": _QUERY[part], "Nq": "Nq", "Nk": "Nk", **({"j": "j[None, :]"} if part == "tile" else {})}
+        found = {"b": "b", "h": "h", "Nq": "Nq", "Nk": "Nk"}
+        if part != "keys":
+            found["i"] = f"i{self.by_query}" if part in ("tile", "rows") else "i"
+        if part in ("tile", "keys"):
+            found["j"] = f"j{self.by_key}"
+        return found
 
     def cast(self, name: str) -> str:
         """Arithmetic is in float32; what only a predicate reads stays as it is."""
         return ".to(tl.float32)" if name in tensors_in(*self.attend.expressions()) else ""
 
     def outside_loop(self, part: Part, *expressions: sympy.Basic) -> list[str]:
-        """Loads of what does not change with j, for the expressions that read it."""
-        names = [name for name in tensors_in(*expressions) if not self._by_key(name)]
+        """Loads of what does not change along the walk, for the expressions that read it."""
+        names = [name for name in tensors_in(*expressions) if not self._walked(name)]
         return [f"    {line}" for name in names for line in self._assigned(name, part)]
 
     def inside_loop(self, *expressions: sympy.Basic) -> list[str]:
-        """Loads of what changes with j."""
-        names = [name for name in tensors_in(*expressions) if self._by_key(name)]
+        """Loads of what changes along the walk."""
+        names = [name for name in tensors_in(*expressions) if self._walked(name)]
         return [line for name in names for line in self._assigned(name, "tile")]
 
     def _assigned(self, name: str, part: Part) -> list[str]:
@@ -104,12 +120,12 @@ class KernelReads:
     @cached_property
     def inside_names(self) -> dict[str, str]:
         """What the score, the mask and the weight print their symbols as, inside the loop."""
-        tensors = {name: f"{self.ids[name]}_{'tile' if self._by_key(name) else 'rows'}" for name in self.tensors}
+        tensors = {name: f"{self.ids[name]}_{'tile' if self._walked(name) else self._before}" for name in self.tensors}
         return {"qk": "qk", "w": "weight", **self._positions("tile"), **tensors}
 
     @cached_property
     def end_names(self) -> dict[str, str]:
         """What the group weights and the sink print theirs as, after the loop."""
-        tensors = {name: f"{self.ids[name]}_end" for name in self.tensors if not self._by_key(name)}
+        tensors = {name: f"{self.ids[name]}_end" for name in self.tensors if not self._walked(name)}
         masses = {f"mass_{name}": f"mass_{identifier}" for name, identifier in self.group_ids.items()}
         return {**self._positions("end"), **tensors, **masses}

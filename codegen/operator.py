@@ -1,7 +1,8 @@
 """The registered operators ``rewrite::attend`` and ``rewrite::attend_backward``, and the function `attend` that calls the first.
 
 An operation travels through a graph as its JSON text. On CUDA the forward is the kernel emitted for that text where it has one
-(`codegen.kernel.has_triton_form`), on the CPU the torch lowering; the backward is the torch lowering on both.
+(`codegen.kernel.has_triton_form`), on the CPU the torch lowering. So is the backward: on CUDA the kernels emitted for it where it has them
+(`codegen.backward_kernel.has_triton_backward`), from the output and the log-sum-exp that forward gave; the torch lowering elsewhere.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 
+from codegen.backward_kernel import backward_kernel_for, has_triton_backward
 from codegen.kernel import has_triton_form, kernel_for
 from codegen.operands import named_operands, require_attention
 from codegen.torch_backward import attend_gradients
@@ -71,11 +73,18 @@ def _attend_fake(
 
 @torch.library.custom_op("rewrite::attend_backward", mutates_args=())
 def attend_backward_op(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor, operands: Sequence[torch.Tensor], wanted: Sequence[int], attend: str
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    wanted: Sequence[int],
+    attend: str,
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value, and of ``tensors[n]`` for n in `wanted`, in this order.
 
-    operands: query, key, value and the tensors, as for ``rewrite::attend``. grad_out [B, H, Nq, Dv], grad_lse [B, H, Nq].
+    operands: query, key, value and the tensors, as for ``rewrite::attend``; out [B, H, Nq, Dv] and lse [B, H, Nq]: what it gave for them,
+    with their gradients.
     """
     operation = Attend.from_json(attend)
     query, key, value, *tensors = operands
@@ -84,9 +93,41 @@ def attend_backward_op(
     return attend_gradients(operation, (grad_out, grad_lse), (query, key, value), named, names)
 
 
+@attend_backward_op.register_kernel("cuda")
+def _attend_backward_cuda(
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    wanted: Sequence[int],
+    attend: str,
+) -> list[torch.Tensor]:
+    operation = Attend.from_json(attend)
+    query, key, value, *tensors = operands
+    named = _named(operation, query, key, value, tensors)
+    names = tuple(list(named)[index] for index in wanted)
+    # A grid of no programs cannot be launched.
+    if has_triton_backward(operation, names) is not None or not (query.numel() and key.numel() and value.numel()):
+        return attend_gradients(operation, (grad_out, grad_lse), (query, key, value), named, names)
+    gradients = tuple(operand.new_empty(operand.shape) for operand in (query, key, value))
+    with torch.cuda.device(query.device):
+        launch = backward_kernel_for(attend).load().launch
+        return [
+            *gradients,
+            *launch(*map(_rows, (query, key, value)), tensors, _rows(out), lse, _rows(grad_out), grad_lse, *gradients, wanted=wanted),
+        ]
+
+
 @attend_backward_op.register_fake
 def _attend_backward_fake(
-    grad_out: torch.Tensor, grad_lse: torch.Tensor, operands: Sequence[torch.Tensor], wanted: Sequence[int], attend: str
+    grad_out: torch.Tensor,
+    grad_lse: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    operands: Sequence[torch.Tensor],
+    wanted: Sequence[int],
+    attend: str,
 ) -> list[torch.Tensor]:
     chosen = [*operands[:3], *(operands[3 + index] for index in wanted)]
     return [operand.new_empty(operand.shape) for operand in chosen]
@@ -94,16 +135,17 @@ def _attend_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     query, key, value, tensors, attend = inputs
-    ctx.save_for_backward(query, key, value, *tensors)
+    ctx.save_for_backward(*output, query, key, value, *tensors)
     ctx.attend = attend
 
 
 def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple[Any, ...]:
-    _, _, _, *tensors = ctx.saved_tensors
+    out, lse, *operands = ctx.saved_tensors
+    tensors = operands[3:]
     needs = ctx.needs_input_grad[3]
     needed = [needs] * len(tensors) if isinstance(needs, bool) else list(needs)
     wanted = [index for index, (operand, need) in enumerate(zip(tensors, needed, strict=True)) if need and operand.is_floating_point()]
-    d_query, d_key, d_value, *d_wanted = attend_backward_op(grad_out, grad_lse, list(ctx.saved_tensors), wanted, ctx.attend)
+    d_query, d_key, d_value, *d_wanted = attend_backward_op(grad_out, grad_lse, out, lse, operands, wanted, ctx.attend)
     d_tensors: list[torch.Tensor | None] = [None] * len(tensors)
     for index, gradient in zip(wanted, d_wanted, strict=True):
         d_tensors[index] = gradient

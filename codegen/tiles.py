@@ -8,9 +8,12 @@ compiled for sm_80, sm_90 and sm_100; `tests/codegen/test_compilation.py` compil
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 from rewrite.ir.errors import RewriteError
+
+Row = TypeVar("Row")
 
 
 class Tile(NamedTuple):
@@ -36,6 +39,35 @@ _SINGLE: dict[int, Tile] = {
     256: Tile(16, 16, 8, 2),
 }
 
+
+class BackwardTiles(NamedTuple):
+    """The tiles of the backward kernel whose programs own queries, and of the one whose programs own keys."""
+
+    queries: Tile
+    keys: Tile
+
+
+# The backward kernels hold one accumulator or two and two score tiles: shorter blocks than forward. Where keys are owned, few queries are
+# walked over at a time.
+_HALF_BACKWARD: dict[int, BackwardTiles] = {
+    64: BackwardTiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+    128: BackwardTiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
+    256: BackwardTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),  # 64 queries ask for more shared memory than there is
+}
+
+# The same where a tensor is read by pair: its tile, and the addresses of its gradient, take registers too.
+_HALF_BACKWARD_BY_PAIR: dict[int, BackwardTiles] = {
+    64: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 128, 8, 2)),
+    128: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
+    256: BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+}
+
+_SINGLE_BACKWARD: dict[int, BackwardTiles] = {
+    64: BackwardTiles(Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
+    128: BackwardTiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
+    256: BackwardTiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
+}
+
 # A tile of few queries has too little work for eight warps: on tensor cores a warp takes 16 of them.
 FEW_QUERIES = 32
 WARPS_FOR_FEW_QUERIES = 4
@@ -54,12 +86,21 @@ def tile_for(head_dim: int, value_dim: int, element_size: int, n_queries: int | 
 
     n_queries: where there are fewer queries than the tile is high (decoding), it is lowered to the next power of two.
     """
-    table = _HALF if element_size == 2 else _SINGLE
-    width = max(min(table), power_of_two(max(head_dim, value_dim)))
-    if width not in table:
-        raise RewriteError(f"no tile for head dim {head_dim} and value dim {value_dim}: attention kernels go up to {max(table)}")
-    tile = table[width]
+    tile = _row_for(_HALF if element_size == 2 else _SINGLE, head_dim, value_dim)
     if n_queries is None or power_of_two(n_queries) >= tile.block_q:
         return tile
     block_q = power_of_two(n_queries)
     return tile._replace(block_q=block_q, warps=WARPS_FOR_FEW_QUERIES if block_q <= FEW_QUERIES else tile.warps)
+
+
+def backward_tiles(head_dim: int, value_dim: int, element_size: int, by_pair: bool) -> BackwardTiles:
+    """The tiles of both backward kernels for a head dim, a value dim and bytes per element; by_pair: whether a tensor is read by pair."""
+    half = _HALF_BACKWARD_BY_PAIR if by_pair else _HALF_BACKWARD
+    return _row_for(half if element_size == 2 else _SINGLE_BACKWARD, head_dim, value_dim)
+
+
+def _row_for(table: Mapping[int, Row], head_dim: int, value_dim: int) -> Row:
+    width = max(min(table), power_of_two(max(head_dim, value_dim)))
+    if width not in table:
+        raise RewriteError(f"no tile for head dim {head_dim} and value dim {value_dim}: attention kernels go up to {max(table)}")
+    return table[width]

@@ -125,5 +125,5 @@ def test_what_an_unusual_kernel_computes_is_said_in_its_file() -> None:
     assert "t[h], the logit of a key without a value" in said
     assert "w*gate[h], w being the normalised weight" in said
     assert "counts(softmax_j(score over visible keys and the sink)[i,j]) * value" in said
-    assert "0.25, added to the sum" in emit(forms.linear()).source
+    assert "total + 0.25 in its place, total being the sum" in emit(forms.linear()).source
     assert max(map(len, emit(forms.decomposed_position()).source.splitlines())) <= 140

@@ -7,7 +7,7 @@ import pytest
 import sympy
 import torch
 
-from codegen.block_list import block_list
+from codegen.block_list import block_list, transposed_block_list
 from codegen.masks import split_mask, static_key
 from codegen.query_order import query_order
 from codegen.visits import Plan, best_plan, visits
@@ -42,6 +42,23 @@ def test_block_list(form: str) -> None:
             is_full = bool(part.all()) and part.shape[1] == 8
             assert (key_block in full) == is_full
             assert (key_block in partial) == (bool(part.any()) and not is_full)
+
+
+@pytest.mark.parametrize("form", MASKS)
+def test_transposed_block_list(form: str) -> None:
+    attend, n_queries, n_keys = MASKS[form]
+    starts, blocks = transposed_block_list(static_key(attend.mask), n_queries, n_keys, (16, 8), CPU)
+    seen = dense(attend, n_queries, n_keys)
+    assert starts.dtype == blocks.dtype == torch.int32
+    for key_block in range(-(-n_keys // 8)):
+        begin, middle, end = starts[2 * key_block : 2 * key_block + 3].tolist()
+        full, partial = set(blocks[begin:middle].tolist()), set(blocks[middle:end].tolist())
+        for query_block in range(-(-n_queries // 16)):
+            part = seen[16 * query_block : 16 * query_block + 16, 8 * key_block : 8 * key_block + 8]
+            # Keys past the end are nobody's; queries past the end have to be left out.
+            is_full = bool(part.all()) and part.shape[0] == 16
+            assert (query_block in full) == is_full
+            assert (query_block in partial) == (bool(part.any()) and not is_full)
 
 
 @pytest.mark.parametrize("form", MASKS)
