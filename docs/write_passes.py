@@ -12,11 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "passes.md"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "passes")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "passes"))
 
-from synthetic_sites import SITES  # noqa: E402
+from synthetic_sites import SITES
 
-from rewrite.ir import PHASES, Fits, Pass, Program, available_passes  # noqa: E402
+from rewrite.ir import PHASES, Fits, Pass, Program, available_passes
 
 
 def page() -> str:
