@@ -21,9 +21,7 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "kernels.md"
-sys.path.insert(0, str(ROOT / "tests" / "codegen"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 
 import attention_forms as forms
 
@@ -34,6 +32,7 @@ from codegen.tiles import Tile, backward_tiles, tile_for
 from rewrite.ir import Attend
 from rewrite.ir.statistic import Statistic
 
+PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 HEAD_DIMS, TARGETS = (64, 128), ("sm_80", "sm_90")
 VARIANTS: dict[str, Attend] = {
     "plain": forms.plain(),

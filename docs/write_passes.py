@@ -10,14 +10,14 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "passes.md"
-sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests" / "passes"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "passes"))
 
 from synthetic_sites import SITES
 
 from rewrite.ir import PHASES, Fits, Pass, Program, available_passes
+
+PAGE = Path(__file__).parents[1] / "docs" / "passes.md"
 
 
 def page() -> str:
