@@ -7,6 +7,25 @@ from passes.redistribute.relu_attention import ReluAttention
 from passes.redistribute.sigmoid import SigmoidAttention
 from passes.redistribute.sink_redistribution import SinkRedistribution
 from passes.redistribute.temperature import Temperature
+from passes.sparsify.composite import Composite
+from passes.sparsify.grid import Grid
+from passes.sparsify.halo import Halo
+from passes.sparsify.modality_mutual import ModalityMutual
 from passes.sparsify.neighborhood import Neighborhood
+from passes.sparsify.window import Window
 
-__all__ = ["Agent", "HeadReinforce", "Neighborhood", "ReluAttention", "SigmoidAttention", "SinkRedistribution", "Temperature", "TokenExit"]
+__all__ = [
+    "Agent",
+    "Composite",
+    "Grid",
+    "Halo",
+    "HeadReinforce",
+    "ModalityMutual",
+    "Neighborhood",
+    "ReluAttention",
+    "SigmoidAttention",
+    "SinkRedistribution",
+    "Temperature",
+    "TokenExit",
+    "Window",
+]

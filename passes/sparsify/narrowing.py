@@ -31,12 +31,17 @@ def with_global_tokens(near: Boolean, number: int, query: sympy.Expr = I) -> Boo
     return sympy.Or(sympy.Lt(query, number), sympy.Lt(J, number), near) if number else near
 
 
-def reasons_against(site: Site, layers: tuple[int, ...] | None) -> Iterator[str]:
-    """What speaks against narrowing by positions, in words: a layer that was not asked for, several attentions, unknown positions."""
+def reasons_against_layer(site: Site, layers: tuple[int, ...] | None) -> Iterator[str]:
+    """What speaks against changing a site's mask at all, in words: a layer that was not asked for, or several attentions."""
     if reason := layers_.reason_against(layers, site):
         yield reason
     if len(site.body.attends()) != 1:
         yield f"an earlier pass made {len(site.body.attends())} attentions of it"
+
+
+def reasons_against(site: Site, layers: tuple[int, ...] | None) -> Iterator[str]:
+    """What speaks against narrowing by positions, in words: the above, and queries whose positions are not known."""
+    yield from reasons_against_layer(site, layers)
     if is_causal(site):
         return
     queries, keys = site.dims["Nq"], site.dims["Nk"]

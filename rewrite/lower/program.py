@@ -15,7 +15,7 @@ from torch import fx
 
 import codegen
 from rewrite.ir.errors import ModelCallError, NotApplicableError
-from rewrite.ir.operations import Grouping, Parameter
+from rewrite.ir.operations import Attend, Body, Grouping, Parameter, ReceivedSinks, Sum
 from rewrite.ir.program import Exit, Program
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
@@ -32,7 +32,8 @@ from rewrite.tokens.visual import visual_mask_node
 class Extra:
     """A value that a rewritten graph takes beside the traced inputs.
 
-    kind "parameter": the added parameter `name`. "positions", "length", "groups": from the note of the cache entry that is input `index`.
+    kind "parameter": the added parameter `name`. "positions", "length", "groups", "sinks": from the note of the cache entry that
+    is input `index`.
     "visual", "features": what an earlier graph of the call carried with the activation that is input `index`.
     """
 
@@ -45,7 +46,7 @@ class Extra:
 class Produced:
     """A value that a rewritten graph returns beside the traced outputs.
 
-    "positions", "length" or "groups" of the cache entries `outputs`; "visual" and "features" of the activations `outputs`.
+    "positions", "length", "groups" or "sinks" of the cache entries `outputs`; "visual" and "features" of the activations `outputs`.
     """
 
     kind: str
@@ -114,20 +115,27 @@ class ProgramLowering:
             given[parameter.name] = self._parameter(f"{site.name}.{parameter.name}", parameter)
         groups = [operation for operation in site.body.operations if isinstance(operation, Grouping)]
         if groups:
-            if entry.stream is None:
-                raise NotApplicableError(f"{site.name}: the hidden states that enter its layer were not found")
-            given["hidden"] = entry.stream
-            given["visual"] = self._visual(entry)
-            cached = self._cached_groups(entry)
+            if not isinstance(groups[0], ReceivedSinks):
+                if entry.stream is None:
+                    raise NotApplicableError(f"{site.name}: the hidden states that enter its layer were not found")
+                given["hidden"] = entry.stream
+                given["visual"] = self._visual(entry)
+            cached = self._cached_groups(entry, groups[0].noted)
             if cached is not None:
                 given["cached_groups"] = cached
+            elif site.cached and isinstance(groups[0], ReceivedSinks):
+                raise NotApplicableError(
+                    f"{site.name} reads a KV cache, and which of its keys are attention sinks is not known: start from the prompt"
+                )
+        elif "visual" in _reads(site.body):
+            given["visual"] = self._visual(entry)
         self.lowered.add(site.name)
         lowered = lower_site(self.graph, site, entry.region, given)
         if groups:
             outputs = self._cache_outputs(entry.region.key.node)
             if outputs:
                 self._require_notes(site.name)
-                self.produced.append(Produced("groups", outputs))
+                self.produced.append(Produced(groups[0].noted, outputs))
                 self._added_outputs.append(lowered[groups[0].result])
 
     def _parameter(self, name: str, parameter: Any) -> fx.Node:
@@ -161,12 +169,13 @@ class ProgramLowering:
         with self.graph.inserting_after(entry.stream):
             return self.graph.call_function(functions.no_visual, (entry.stream,))
 
-    def _cached_groups(self, entry: Found) -> fx.Node | None:
+    def _cached_groups(self, entry: Found, noted: str) -> fx.Node | None:
+        """What a site's cached keys were given, from the field `noted` of a note."""
         for cached in entry.cache:
             index = self.placeholders.index(cached)
             note = self.notes.get(index)
-            if note is not None and note.groups is not None:
-                groups = self._extra(Extra("groups", index=index))
+            if note is not None and getattr(note, noted) is not None:
+                groups = self._extra(Extra(noted, index=index))
                 length = self._extra(Extra("length", index=index))
                 with self.graph.inserting_after(length):
                     return self.graph.call_function(functions.padded_groups, (groups, length))
@@ -289,6 +298,14 @@ class ProgramLowering:
                 self._kept[positions] = note.positions.shape[1]
             seeds[self.placeholders[index]] = {2: shared[id(note.positions)]}
         return seeds
+
+
+def _reads(body: Body) -> set[str]:
+    """The tensors that a body's attentions and sums read beside query, key and value."""
+    read: set[str] = set()
+    for operation in body.operations:
+        read.update(operation.tensors() if isinstance(operation, Attend) else operation.terms if isinstance(operation, Sum) else ())
+    return read
 
 
 def tokens_kept(stream: torch.Tensor, features: torch.Tensor) -> int:

@@ -74,7 +74,7 @@ def test_lists_are_tuples_and_integers_floats_in_text_and_objects_alike() -> Non
     ("text", "words"),
     [
         ("agnt", "there is no pass named 'agnt'; did you mean agent?"),
-        ("zzz", "there are: agent, neighborhood"),
+        ("zzz", "there are: agent, "),
         ("agent(tokns=3)", "agent has no parameter 'tokns'; did you mean tokens?"),
         ("agent(zzz=3)", "it has: tokens, learnable, layers"),
         ("agent(tokens=4.0)", "tokens=4.0 is of type float; it must be int"),

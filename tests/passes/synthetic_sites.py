@@ -52,6 +52,7 @@ def site(
 
 SITES: dict[str, Site] = {
     "grid": site(72, (8, 9)),
+    "grid of even sides": site(98, (8, 12), 2, layer=2),
     "grid, CLS": site(73, (8, 9), 1),
     "grid, CLS and registers": site(77, (8, 9), 5),
     "grid, shared heads": site(73, (8, 9), 1, heads=(4, 2)),
