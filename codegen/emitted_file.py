@@ -72,9 +72,10 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
 
 
 def _imports(kernel: StreamingKernel) -> list[str]:
-    listed = ["block_list"] if kernel.listed else []
-    needed = [*listed, "broadcast_strides", "check_launch", "dot_precision", "power_of_two", "tile_for"]
-    return ["import triton", "import triton.language as tl", f"from codegen.launching import {', '.join(needed)}", "", ""]
+    listed, split = ["block_list"] if kernel.listed else [], ["join", "partial_results", "pieces_for"] if kernel.splits else []
+    needed = sorted([*listed, *split, "broadcast_strides", "check_launch", "dot_precision", "power_of_two", "tile_for"])
+    wrapped = textwrap.wrap(", ".join(needed) + ",", 120, initial_indent="    ", subsequent_indent="    ")
+    return ["import triton", "import triton.language as tl", "from codegen.launching import (", *wrapped, ")", "", ""]
 
 
 def _launch(kernel: StreamingKernel) -> list[str]:
@@ -83,10 +84,11 @@ def _launch(kernel: StreamingKernel) -> list[str]:
     unpack = [f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []
     listed = "    starts, blocks = block_list(STATIC_MASK, Nq, Nk, (tile.block_q, tile.block_k), query.device)"
     extra = [*ids.values(), *(["starts", "blocks"] if kernel.listed else [])]
+    results = ("parts", "part_lse") if kernel.splits else ("out", "lse")
     static = [f"STATIC_MASK = {static_key(kernel.attend.mask)!r}  # its JSON form, from which the block list is made", "", ""]
     return [
         *(static if kernel.listed else []),
-        "def launch(query, key, value, tensors, out, lse, tile=None):",
+        f"def launch(query, key, value, tensors, out, lse, tile=None{', pieces=None' if kernel.splits else ''}):",
         '    """Run the kernel.',
         "",
         "    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] -> out [B, H, Nq, Dv], lse [B, H, Nq] float32.",
@@ -97,23 +99,34 @@ def _launch(kernel: StreamingKernel) -> list[str]:
             subsequent_indent="    ",
         ),
         "    tile: a codegen.tiles.Tile; by default the one for the head dim.",
+        *(["    pieces: programs that share the keys of a tile; by default as many as fill the device."] if kernel.splits else []),
         '    """',
         "    check_launch(query, key, value)",
         "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
         *unpack,
         "    tile = tile or tile_for(D, DV, query.element_size(), n_queries=Nq)",
         *([listed] if kernel.listed else []),
-        f"    {kernel.name}[(triton.cdiv(Nq, tile.block_q) * B * H,)](",
-        "        query, key, value, out, lse,",
+        "    programs = triton.cdiv(Nq, tile.block_q) * B * H",
+        *(_SPLIT if kernel.splits else []),
+        f"    {kernel.name}[(programs{' * pieces' if kernel.splits else ''},)](",
+        f"        query, key, value, {results[0]}, {results[1]},",
         *([f"        {', '.join(extra)},"] if extra else []),
-        "        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3], *lse.stride(),",
+        "        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],",
+        f"        *{results[0]}.stride()[:-1], *{results[1]}.stride(),",
         *kernel.reads.given(),
-        "        H, Nq, Nk,",
+        f"        H, Nq, Nk,{' pieces,' if kernel.splits else ''}",
         "        HEADS_PER_KEY=H // key.shape[1], D=D, DV=DV, BLOCK_D=power_of_two(D), BLOCK_DV=power_of_two(DV),",
         "        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, PRECISION=dot_precision(query.dtype),",
         "        num_warps=tile.warps, num_stages=tile.stages,",
         "    )",
+        *(["    join(parts, part_lse, out, lse)"] if kernel.splits else []),
     ]
+
+
+_SPLIT = [
+    "    pieces = pieces or pieces_for(programs, triton.cdiv(Nk, tile.block_k), query.device)",
+    "    parts, part_lse = partial_results(out, lse, pieces)",
+]
 
 
 def streaming_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = ()) -> str:

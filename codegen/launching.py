@@ -5,10 +5,22 @@ from __future__ import annotations
 import torch
 
 from codegen.block_list import block_list
+from codegen.split_keys import join, partial_results, pieces_for
 from codegen.tiles import Tile, power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
 
-__all__ = ["Tile", "block_list", "broadcast_strides", "check_launch", "dot_precision", "power_of_two", "tile_for"]
+__all__ = [
+    "Tile",
+    "block_list",
+    "broadcast_strides",
+    "check_launch",
+    "dot_precision",
+    "join",
+    "partial_results",
+    "pieces_for",
+    "power_of_two",
+    "tile_for",
+]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

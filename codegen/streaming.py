@@ -1,7 +1,8 @@
 """Triton source for an attention operation: the streaming skeleton.
 
 A program owns a tile of queries of one head and walks over blocks of keys, so that nothing larger than a tile of scores is ever held. How
-scores become weights is `codegen.normaliser_lines`; groups of keys take two walks, see `codegen.group_walks`.
+scores become weights is `codegen.normaliser_lines`; groups of keys take two walks, see `codegen.group_walks`. Where there are few queries,
+as in decoding, the keys of a tile are cut into pieces that a program each walks over, see `codegen.split_keys`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import sympy
 from codegen.group_walks import add_masses, group_weights, weigh, zero_masses
 from codegen.kernel_reads import KernelReads
 from codegen.normaliser_lines import accumulate, end, factor_lines, score_lines, start, weight_lines
+from codegen.split_keys import reason_against_split
 from codegen.weight_form import split_visits, weight_factor
 from rewrite.ir.operations import Attend
 
@@ -45,28 +47,37 @@ class StreamingKernel:
         """Whether the kernel walks a block list: only a static mask gives one."""
         return bool(split_visits(self.attend)[0] != sympy.true)
 
+    @cached_property
+    def splits(self) -> bool:
+        """Whether several programs may share the keys of a tile."""
+        return reason_against_split(self.attend) is None
+
     def _arguments(self) -> list[str]:
         extra = [*self.reads.ids.values(), *(["starts", "blocks"] if self.listed else [])]
-        operands = {"query": "bhi", "key": "bhj", "value": "bhj", "out": "bhi", "lse": "bhi"}
+        result = "pbhi" if self.splits else "bhi"
+        operands = {"query": "bhi", "key": "bhj", "value": "bhj", "out": result, "lse": result}
         return [
             "    query, key, value, out, lse,",
             *([f"    {', '.join(extra)},"] if extra else []),
             *(f"    {', '.join(f'{operand}_stride_{axis}' for axis in axes)}," for operand, axes in operands.items()),
             *self.reads.arguments(),
-            "    H, Nq, Nk,",
+            f"    H, Nq, Nk,{' pieces,' if self.splits else ''}",
             "    HEADS_PER_KEY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,",
             "    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,",
         ]
 
     def lines(self) -> list[str]:
         attend, reads = self.attend, self.reads
+        sizes = '"Nq", "Nk", "pieces"' if self.splits else '"Nq", "Nk"'
         return [
-            '@triton.jit(do_not_specialize=["Nq", "Nk"])',
+            f"@triton.jit(do_not_specialize=[{sizes}])",
             f"def {self.name}(",
             *self._arguments(),
             "):",
-            "    # One program: BLOCK_Q queries of one head. Large offsets are taken in int64, those inside a tile in int32.",
+            f"    # One program: BLOCK_Q queries of one head{' and a piece of their keys' if self.splits else ''}.",
+            "    # Large offsets are taken in int64, those inside a tile in int32.",
             "    program = tl.program_id(0)",
+            *(["    piece = (program % pieces).to(tl.int64)", "    program = program // pieces"] if self.splits else []),
             "    block = program % tl.cdiv(Nq, BLOCK_Q)",
             "    h = ((program // tl.cdiv(Nq, BLOCK_Q)) % H).to(tl.int64)",
             "    b = ((program // tl.cdiv(Nq, BLOCK_Q)) // H).to(tl.int64)",
@@ -112,13 +123,18 @@ class StreamingKernel:
     def _loop(self, body: list[str]) -> list[str]:
         """A walk over the keys: blocks seen in full, then blocks that the mask or the end of the keys cuts."""
         if self.listed:
-            bounds = ["begin, end = tl.load(starts + 2 * block + CHECKED), tl.load(starts + 2 * block + CHECKED + 1)"]
+            ends = [f"tl.load(starts + 2 * block{place})" for place in ("", " + 1", " + 2")]
             start = "(tl.load(blocks + slot) * BLOCK_K).to(tl.int64)"
         else:
-            bounds = ["begin, end = 0, Nk // BLOCK_K", "if CHECKED:", "    begin, end = Nk // BLOCK_K, tl.cdiv(Nk, BLOCK_K)"]
+            ends = ["0", "Nk // BLOCK_K", "tl.cdiv(Nk, BLOCK_K)"]
             start = "tl.full((), slot * BLOCK_K, tl.int64)"
+        bounds = ["begin, end = full, cut", "if CHECKED:", "    begin, end = cut, last"]
+        if self.splits:
+            bounds += ["begin, end = tl.maximum(begin, low), tl.minimum(end, high)"]
         lines = [f"start = {start}", "j = start.to(tl.int32) + columns", *body]
         return [
+            f"    full, cut, last = {', '.join(ends)}",
+            *(["    share = tl.cdiv(last - full, pieces)", *_PIECE] if self.splits else []),
             "    for CHECKED in tl.static_range(2):  # 0: key blocks seen in full; 1: those that the mask or the end of the keys cuts",
             *(f"        {line}" for line in bounds),
             "        for slot in tl.range(begin, end):",
@@ -128,12 +144,15 @@ class StreamingKernel:
     def _end(self) -> list[str]:
         return [
             *end(self.attend, self.reads),
+            *(["    out += piece * out_stride_p", "    lse += piece * lse_stride_p"] if self.splits else []),
             "    out += b * out_stride_b + h * out_stride_h + first * out_stride_i",
             "    out_rows = out + rows[:, None] * out_stride_i + value_lanes[None, :]",
             "    tl.store(out_rows, accumulator.to(out.dtype.element_ty), mask=in_rows[:, None] & in_value_width[None, :])",
             "    tl.store(lse + b * lse_stride_b + h * lse_stride_h + first * lse_stride_i + rows * lse_stride_i, lse_tile, mask=in_rows)",
         ]
 
+
+_PIECE = ["    low = full + (piece * share).to(tl.int32)", "    high = tl.minimum(low + share, last)"]
 
 _KEY_TILE = [
     "key_rows = key + start * key_stride_j + columns[None, :] * key_stride_j + lanes[:, None]",
