@@ -2,6 +2,7 @@
 
 from passes.linearize.agent import Agent
 from passes.prune.token_exit import TokenExit
+from passes.redistribute.calibrate import Calibrate
 from passes.redistribute.head_reinforce import HeadReinforce
 from passes.redistribute.relu_attention import ReluAttention
 from passes.redistribute.sigmoid import SigmoidAttention
@@ -16,6 +17,7 @@ from passes.sparsify.window import Window
 
 __all__ = [
     "Agent",
+    "Calibrate",
     "Composite",
     "Grid",
     "Halo",

@@ -116,7 +116,12 @@ class CompiledGraph:
         base = names.base(self.witness, inputs) if names is not None else None
         shared: dict[int, int] = {}
         of_caches = tuple(
-            (index, note.groups is not None, None if note.positions is None else shared.setdefault(id(note.positions), index))
+            (
+                index,
+                note.groups is not None,
+                note.sinks is not None,
+                None if note.positions is None else shared.setdefault(id(note.positions), index),
+            )
             for index, (_, note) in notes.items()
         )
         of_activations = tuple((index, known.visual is not None, known.layers) for index, known in carried.items())
@@ -187,7 +192,7 @@ class CompiledGraph:
     @staticmethod
     def _note(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> None:
         length = known.get("length", entry.shape[-2])
-        call.produce(entry, Note(known.get("positions"), int(length), known.get("groups")))
+        call.produce(entry, Note(known.get("positions"), int(length), known.get("groups"), known.get("sinks")))
 
 
 def _function_of(module: fx.GraphModule) -> Callable[..., Any]:

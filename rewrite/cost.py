@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 import codegen
-from rewrite.ir.operations import Attend, DepthwiseConv, Pool, ReinforceHeads
+from rewrite.ir.operations import Attend, DepthwiseConv, Pool, ReinforceHeads, Statistic
 from rewrite.ir.site import Site
 from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
 
@@ -103,6 +103,10 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 taps = 9  # the paper's kernel is 3 x 3
                 multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * math.prod(operation.grid) * taps
                 moved += 2 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.source]
+            case Statistic():
+                n_queries, n_keys = tokens[operation.attend.query], tokens[operation.attend.key]
+                multiply_adds += _S["B"] * _S["H"] * codegen.visible_pairs(operation.attend.mask, n_queries, n_keys) * _S["D"]
+                moved += _S["B"] * _S["H"] * ((n_queries + n_keys) * _S["D"] + n_keys)
             case ReinforceHeads():
                 tokens[operation.result] = tokens[operation.output]
                 multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.output]

@@ -26,12 +26,14 @@ class Note:
     """What is known of one cache entry [B, H, K, D].
 
     positions: [B, K] place that each token had in the full sequence, or None where none left. length: the full sequence's length.
-    groups: [B, n] group of each of the first n tokens, as the layer's `Grouping` gave it (later ones were generated: group 0), or None.
+    groups: [B, n] group of each of the first n tokens (later ones were generated: text, group 0), or None.
+    sinks: [B, H, n] likewise, one where a token draws attention in a head, or None.
     """
 
     positions: torch.Tensor | None
     length: int
     groups: torch.Tensor | None = None
+    sinks: torch.Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -114,7 +116,7 @@ class CacheNotes:
             return None
         batch, _, entries, _ = slot.tensor.shape
         expected = note.length if note.positions is None else note.positions.shape[1]
-        rows = [tensor.shape[0] for tensor in (note.positions, note.groups) if tensor is not None]
+        rows = [tensor.shape[0] for tensor in (note.positions, note.groups, note.sinks) if tensor is not None]
         if entries == 0:
             return None
         if entries != expected or any(count not in (1, batch) for count in rows):

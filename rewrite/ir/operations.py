@@ -6,6 +6,7 @@ Token axes come third: query [B, H, Nq, D] and so on, as `rewrite.ir.attend` lay
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from rewrite.ir.attend import Attend, Groups, HeadMix, Normaliser
 from rewrite.ir.statistic import Statistic
@@ -21,6 +22,7 @@ __all__ = [
     "Operation",
     "Parameter",
     "Pool",
+    "ReceivedSinks",
     "ReinforceHeads",
     "SinkGroups",
     "Statistic",
@@ -94,6 +96,8 @@ class SinkGroups:
     after the last visual token of a row that has a visual sink; count [B] float32, the visual tokens of the row.
     """
 
+    noted: ClassVar[str] = "groups"
+
     result: str
     active: str
     count: str
@@ -112,9 +116,29 @@ class VisualGroups:
     row.
     """
 
+    noted: ClassVar[str] = "groups"
+
     result: str
     active: str
     visual: str
+
+
+@dataclass(frozen=True)
+class ReceivedSinks:
+    """Keys that draw attention in one head (ACT, Yu et al. 2024), of a causal attention of as many queries as keys.
+
+    received [B, H, Nk]: the attention that each key receives, summed over the queries query [B, H, Nq, D], of which Nk - j see key j.
+    result [B, H, Nk] int32: 1 where the mean over these queries exceeds `threshold`, but 0 for the first such key of a head, and in heads
+    that are not among `heads` (None: all are). Keys of a KV cache keep what they were given; where there is one, new keys are 0.
+    """
+
+    noted: ClassVar[str] = "sinks"
+
+    result: str
+    received: str
+    query: str
+    threshold: float
+    heads: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,10 +157,11 @@ class ReinforceHeads:
     factor: float
 
 
-# Operations that sort keys into groups: their first result is kept for the keys that a KV cache holds (`rewrite.notes`).
-Grouping = SinkGroups | VisualGroups
+# Operations that sort keys into groups: their first result is kept for the keys that a KV cache holds, in the field `noted` of its
+# `rewrite.notes.Note`.
+Grouping = SinkGroups | VisualGroups | ReceivedSinks
 
-Operation = Attend | Statistic | Pool | DepthwiseConv | GridBias | Sum | SinkGroups | VisualGroups | ReinforceHeads
+Operation = Attend | Statistic | Pool | DepthwiseConv | GridBias | Sum | SinkGroups | VisualGroups | ReceivedSinks | ReinforceHeads
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from rewrite.ir.operations import (
     HeadMix,
     Operation,
     Pool,
+    ReceivedSinks,
     ReinforceHeads,
     SinkGroups,
     Sum,
@@ -59,6 +60,7 @@ __all__ = [
     "positions",
     "read_at",
     "read_statistic",
+    "received_sinks",
     "reinforce_heads",
     "sink_groups",
     "visual_groups",
@@ -228,6 +230,25 @@ def visual_groups(
     return codes, active.to(torch.int32)
 
 
+def received_sinks(operation: ReceivedSinks, values: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None) -> torch.Tensor:
+    """[B, H, Nk] int32; `cached` [B, H, earlier] holds what keys of a KV cache were given."""
+    received = values[operation.received].detach()
+    batch, heads, keys = received.shape
+    if cached is not None:
+        return functional.pad(cached, (0, keys - cached.shape[-1])).expand(batch, -1, -1)
+    if values[operation.query].shape[2] != keys:
+        raise RewriteError(
+            f"{operation.received} has {keys} keys and its queries are fewer: what those of a KV cache were given is not known"
+        )
+    rows = torch.arange(keys, 0, -1, device=received.device)
+    sinks = received > operation.threshold * rows
+    sinks = sinks & (sinks.cumsum(-1) > 1)
+    if operation.heads is not None:
+        listed = torch.tensor([head in operation.heads for head in range(heads)], device=received.device)
+        sinks = sinks & listed[:, None]
+    return sinks.to(torch.int32)
+
+
 def reinforce_heads(operation: ReinforceHeads, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Which heads are chosen has no gradient."""
     output, without, active = values[operation.output], values[operation.without], values[operation.active]
@@ -257,6 +278,8 @@ def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], ca
             values[operation.result], values[operation.active], values[operation.count] = sink_groups(operation, values, cached)
         case VisualGroups():
             values[operation.result], values[operation.active] = visual_groups(operation, values, cached)
+        case ReceivedSinks():
+            values[operation.result] = received_sinks(operation, values, cached)
         case ReinforceHeads():
             values[operation.result] = reinforce_heads(operation, values)
 
@@ -301,7 +324,7 @@ def evaluate_site(
                 index = torch.tensor([row]) if letter == "b" else kept.get(letter)
                 if index is not None and own[name].shape[axis] > 1:
                     own[name] = own[name].index_select(axis, index.to(own[name].device))
-        own_cached = None if cached is None else cached[row : row + 1, keep[: cached.shape[1]]]
+        own_cached = None if cached is None else cached[row : row + 1][..., keep[: cached.shape[-1]]]
         output = evaluate(site.body, own, own_cached)[0]
         full = output.new_full((output.shape[0], queries, output.shape[2]), torch.nan)
         rows.append(full.index_copy(1, kept["i"].to(full.device), output))

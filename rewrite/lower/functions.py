@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from rewrite.ir import semantics
-from rewrite.ir.operations import DepthwiseConv, GridBias, Pool, ReinforceHeads, SinkGroups, VisualGroups
+from rewrite.ir.operations import DepthwiseConv, GridBias, Pool, ReceivedSinks, ReinforceHeads, SinkGroups, VisualGroups
 
 
 def pool(source: torch.Tensor, grid: tuple[int, ...], size: tuple[int, ...], prefix: int) -> torch.Tensor:
@@ -56,6 +56,17 @@ def visual_groups(visual: torch.Tensor, cached: torch.Tensor | None) -> tuple[to
     return semantics.visual_groups(VisualGroups("", "", "visual"), {"visual": visual}, cached)
 
 
+def received_sinks(received: torch.Tensor, query: torch.Tensor, threshold: float, heads: tuple[int, ...] | None) -> torch.Tensor:
+    """Which keys of a prompt draw attention, by head; see `ReceivedSinks`."""
+    operation = ReceivedSinks("", "received", "query", threshold, None if heads is None else tuple(heads))
+    return semantics.received_sinks(operation, {"received": received, "query": query})
+
+
+def kept_sinks(cached: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """What the keys of a KV cache were given, and 0 for the new ones: what `ReceivedSinks` is without looking at received attention."""
+    return torch.nn.functional.pad(cached, (0, query.shape[2])).expand(query.shape[0], -1, -1)
+
+
 def reinforce_heads(output: torch.Tensor, without: torch.Tensor, active: torch.Tensor, heads: int, factor: float) -> torch.Tensor:
     """The heads that look at the image most, scaled; see `ReinforceHeads`."""
     operation = ReinforceHeads("", "output", "without", "active", heads, factor)
@@ -68,5 +79,5 @@ def no_visual(hidden: torch.Tensor) -> torch.Tensor:
 
 
 def padded_groups(groups: torch.Tensor, length: int) -> torch.Tensor:
-    """The groups of a KV cache whose later entries were generated: text, group 0. groups [B, n] -> [B, length]."""
-    return torch.nn.functional.pad(groups, (0, length - groups.shape[1]))
+    """The groups of a KV cache whose later entries were generated: group 0. groups [B, n] or [B, H, n] -> `length` in place of n."""
+    return torch.nn.functional.pad(groups, (0, length - groups.shape[-1]))

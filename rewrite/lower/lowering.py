@@ -17,6 +17,7 @@ from rewrite.ir.operations import (
     GridBias,
     Operation,
     Pool,
+    ReceivedSinks,
     ReinforceHeads,
     SinkGroups,
     Statistic,
@@ -175,6 +176,16 @@ def _visual_groups(graph: fx.Graph, operation: VisualGroups, values: dict[str, f
         values[name] = graph.call_function(operator.getitem, (results, place))
 
 
+def _received_sinks(graph: fx.Graph, operation: ReceivedSinks, values: dict[str, fx.Node]) -> None:
+    """Behind a KV cache the attention that keys receive is not looked at, and not computed."""
+    cached, query = values.get("cached_groups"), values[operation.query]
+    values[operation.result] = (
+        graph.call_function(functions.received_sinks, (values[operation.received], query, operation.threshold, operation.heads))
+        if cached is None
+        else graph.call_function(functions.kept_sinks, (cached, query))
+    )
+
+
 def _reinforce_heads(graph: fx.Graph, operation: ReinforceHeads, values: dict[str, fx.Node]) -> None:
     tensors = (values[name] for name in (operation.output, operation.without, operation.active))
     values[operation.result] = graph.call_function(functions.reinforce_heads, (*tensors, operation.heads, operation.factor))
@@ -188,6 +199,7 @@ _LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], N
     Sum: _sum,
     SinkGroups: _sink_groups,
     VisualGroups: _visual_groups,
+    ReceivedSinks: _received_sinks,
     ReinforceHeads: _reinforce_heads,
     Statistic: _statistic,
 }

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
+from passes import Calibrate
 from rewrite import Pass, parse_pass, rewrite
 from tests.models.architectures import (
     IMAGE_TOKEN,
@@ -110,3 +112,38 @@ def test_decoding_with_a_cache_continues_the_reference(text: str, implementation
     expected = decoded_by_reference(one, oracle, chosen, inputs)
     assert torch.equal(changed.generate(**inputs, **GREEDY), expected)
     assert not torch.equal(model.generate(**inputs, **GREEDY), expected)
+
+
+def calibrated_by_the_prompt(setting: Calibrate, prompt: int) -> Any:
+    """Attention with the sinks that the first `prompt` tokens have among themselves, the last axes being whole sequences."""
+
+    def function(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: torch.Tensor, number: int) -> torch.Tensor:
+        weights = logits.softmax(-1).nan_to_num(0.0)
+        if weights.shape[-1] < prompt:
+            return weights @ value  # the picture's own tokens
+        received = weights[:, :, :prompt, :prompt].tril().sum(2) / torch.arange(prompt, 0, -1)
+        sinks = received > setting.threshold
+        sinks = functional.pad(sinks & (sinks.cumsum(-1) > 1), (0, weights.shape[-1] - prompt))[:, :, None]
+        taken = (1 - setting.beta) * (weights * sinks).sum(-1, keepdim=True)
+        others = weights * ~sinks
+        return (others * (1 + taken / others.sum(-1, keepdim=True).clamp(min=1e-20)) + setting.beta * weights * sinks) @ value
+
+    return function
+
+
+def test_calibrated_decoding_knows_the_sinks_of_the_prompt() -> None:
+    text, inputs = "calibrate(beta=0.1, threshold=0.05, layers=None)", llava_inputs(image_size=SMALL["image_size"])
+    model, oracle = llava("sdpa", **SMALL), llava("sdpa", **SMALL)
+    changed = rewritten(model, [text], inputs)
+    assert changed.rewrite_report.counts()["rewritten"] == SMALL["layers"]
+    setting = parse_pass(text)
+    assert isinstance(setting, Calibrate)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    function = calibrated_by_the_prompt(setting, ids.shape[1])
+    for _ in range(GREEDY["max_new_tokens"]):
+        with torch.no_grad(), attention_replaced_by(function):
+            logits = oracle(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    assert torch.equal(changed.generate(**inputs, **GREEDY), ids)
+    assert not torch.equal(model.generate(**inputs, **GREEDY), ids)

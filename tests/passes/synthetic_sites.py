@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import sympy
 import torch
 
-from rewrite.ir import NK, NQ, QK, Attend, AttentionInputs, Body, Grouping, I, J, Program, Site, TokenLayout, tensor
+from rewrite.ir import NK, NQ, QK, Attend, AttentionInputs, Body, Grouping, I, J, Program, ReceivedSinks, Site, TokenLayout, tensor
 from rewrite.ir.semantics import evaluate_operation, evaluate_site
 
 BATCH, WIDTH = 2, 4
@@ -95,7 +95,10 @@ class Example:
         groups = next((operation for operation in changed.body.operations if isinstance(operation, Grouping)), None)
         past = {"hidden": self.hidden[:, :earlier], "visual": self.visual[:, :earlier]}
         cached = None
-        if groups is not None and earlier:
+        if isinstance(groups, ReceivedSinks) and earlier:
+            # What the queries of the prompt attended to is not known here: it had no sinks.
+            cached = torch.zeros(BATCH, self.site.dims["H"], earlier, dtype=torch.int32)
+        elif groups is not None and earlier:
             evaluate_operation(groups, past)
             cached = past[groups.result]
         return evaluate_site(program, changed, {**self.operands, **parameters}, self.visual, cached)

@@ -41,6 +41,13 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "window": ("window(window=5)", "window(window=8, sinks=0)", "window(window=1, sinks=1)", "window(window=6, layers=(0,))"),
     "halo": ("halo(block=3, halo=1)", "halo(block=4, halo=0)", "halo(block=1, halo=2)", "halo(layers=(0,))"),
     "grid": ("grid(size=4, kind='block')", "grid(size=3, kind='grid')", "grid(size=2)", "grid(size=1, kind='block')"),
+    "calibrate": (
+        "calibrate(beta=0.0, threshold=0.05)",
+        "calibrate(heads=((3, 1), (2, 0)))",
+        "calibrate(heads=((2, 0),))",
+        "calibrate(heads=((3, 3),), layers=None)",
+        "calibrate(layers=(0, 1))",
+    ),
     "head_reinforce": (
         "head_reinforce(factor=0.5, share=1.0)",
         "head_reinforce(factor=2.0, share=0.25)",
