@@ -19,7 +19,7 @@ from rewrite.ir.semantics import evaluate_expression
 
 
 def _parts(expression: sympy.Basic) -> list[sympy.Basic]:
-    """The largest parts of an expression that depend on i and not on j; terms of one sum are kept together."""
+    """The largest parts of an expression that depend on i and not on j; terms of one sum are kept together, and count modulo a divisor."""
     symbols = expression.free_symbols
     if I not in symbols:
         return []
@@ -29,6 +29,8 @@ def _parts(expression: sympy.Basic) -> list[sympy.Basic]:
         alone = [term for term in expression.args if J not in term.free_symbols and I in term.free_symbols]
         mixed = [part for term in expression.args if J in term.free_symbols for part in _parts(term)]
         return [sympy.Add(*alone), *mixed] if alone else mixed
+    if isinstance(expression, sympy.Mod) and not expression.args[1].free_symbols & {I, J}:
+        return [sympy.Mod(part, expression.args[1]) for part in _parts(expression.args[0])]
     return [part for argument in expression.args for part in _parts(argument)]
 
 
@@ -84,4 +86,4 @@ def query_order(static: str, n_queries: int, n_keys: int) -> torch.Tensor | None
     keys = [*([_z_order(coordinates)] if coordinates else []), *reversed(classes)]
     for ranks in keys:  # the last sort decides first
         order = order[ranks[order].argsort(stable=True)]
-    return order
+    return None if torch.equal(order, torch.arange(n_queries)) else order

@@ -101,3 +101,13 @@ def test_what_is_static() -> None:
     static, dynamic = split_mask(sympy.And(causal, tensor_term, per_head))
     assert static == causal
     assert dynamic == sympy.And(tensor_term, per_head)
+
+
+@pytest.mark.parametrize("both_sides", [True, False])
+def test_residues_are_told_however_they_are_compared(both_sides: bool) -> None:
+    """Every third token: queries of one residue are put together, and a block of them visits a third of the keys."""
+    equal = sympy.Eq(sympy.Mod(I, 3), sympy.Mod(J, 3)) if both_sides else sympy.Eq(sympy.Mod(I - J, 3), 0)
+    order = query_order(static_key(equal), 96, 96)
+    assert order is not None
+    assert (order.view(3, 32) % 3 == torch.arange(3)[:, None]).all()
+    assert all(len(visit.key_positions(CPU)) == 32 for visit in visits(static_key(equal), 96, 96, Plan(32, True), CPU))
