@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from rewrite.dry_run import call_original
-from rewrite.ir.errors import ModelCallError, RewriteError
+from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
 from rewrite.methods import ways_in
 from rewrite.runner import CAPTURE_ERRORS, Runner, is_running
 from rewrite.session import Session
@@ -25,6 +25,10 @@ _SETTING_UP = threading.RLock()
 def install(session: Session) -> None:
     """Make every way into the model that reaches a site go through the compiler, or refuse."""
     modules = dict(session.root.named_modules())
+    if not session.prepared:
+        for path, module in modules.items():
+            if path and any(True for _ in module.children()) and not isinstance(module, nn.ModuleList):
+                Early(session, module, path).install()
     sites = [site.qualified_name for site in session.report.sites]
     changed = [site.qualified_name for site in session.report.sites if site.passes]
     entries = entry_modules(sites, session.embeddings, session.root)
@@ -74,9 +78,12 @@ class Way(ABC):
         session = self.session
         with _SETTING_UP:
             if not session.prepared:
-                session.prepare(arguments, keywords)
-                session.register_parameters()
-                install(session)
+                remove_early(session.root)
+                try:
+                    session.prepare(arguments, keywords)
+                    session.register_parameters()
+                finally:
+                    install(session)
             session.warm_up(self.module, self.prefix, arguments, keywords, self.method)
             if self.runner is None:
                 self.runner = Runner(session, self.module, self.prefix, session.backend, self.method)
@@ -130,6 +137,35 @@ class Layer(Entry):
             f"{self.prefix} is one layer of a rewritten model and was called by itself, where neither its place in the model nor how its "
             "tokens lie is known; call the model, or the encoder that holds the layer, or the original"
         )
+
+
+class Early(Layer):
+    """`module(...)` of a part of a model that nothing is known of yet: `rewrite()` had no example_inputs, and the model was not called."""
+
+    @torch._dynamo.disable(reason="a part of a model that waits for its first call")  # type: ignore[untyped-decorator, no-untyped-call]
+    def enter(self, *arguments: Any, **keywords: Any) -> Any:
+        with _SETTING_UP:
+            remove_early(self.session.root)
+            alone = Session(self.module, self.session.passes, "eager", may_add_parameters=True)
+            try:
+                alone.prepare(arguments, keywords)
+            except (NoAttentionError, NotApplicableError):
+                return call_original(self.module, arguments, keywords, self.method)
+            finally:
+                install(self.session)
+        count = alone.report.counts()["rewritten"]
+        raise ModelCallError(
+            f"{self.prefix} was called before the model was, and the passes rewrite {count} attention sites in it; rewrite() had no "
+            "example_inputs and does not know the model yet. Give it example_inputs, or call the model once before"
+        )
+
+
+def remove_early(root: nn.Module) -> None:
+    """Leave a model that waits for its first call as it was."""
+    for module in root.modules():
+        if isinstance(module.__dict__.get("_rewrite_layer"), Early):
+            for name in ("_rewrite_layer", "_compiled_call_impl", "__call__"):
+                del module.__dict__[name]
 
 
 class Method(Way):

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from rewrite import rewrite
+from rewrite.ir.errors import ModelCallError
 from tests.api.small import PASSES, close, deit, images, run
 from tests.models.architectures import rewritten
 from tests.models.corpus.transformers_bridged import BRIDGED
@@ -69,6 +71,20 @@ def test_copies_keep_their_ways_in(changed: nn.Module, again: Any) -> None:
             parameter.zero_()
     assert torch.count_nonzero(without_gradients(twin.forward_features, images())) == 0
     assert torch.equal(without_gradients(changed.forward_features, images()), features)
+
+
+def test_a_part_called_before_the_model_is_refused() -> None:
+    """Without example inputs nothing is known before the first call, and a part called earlier would run as it is, unsaid."""
+    model, inputs = deit(), images()
+    waiting = rewrite(model, PASSES)
+    with pytest.raises(ModelCallError, match=r"blocks was called before the model was, .* 2 attention sites .*example_inputs"):
+        without_gradients(waiting.forward_features, inputs)
+    patches = without_gradients(model.patch_embed, inputs)
+    assert torch.equal(without_gradients(waiting.patch_embed, inputs), patches)
+    expected = run(rewritten(model, PASSES, {"x": inputs}), inputs)
+    for again in (copy.deepcopy(waiting), waiting):
+        assert torch.equal(run(again, inputs), expected)
+        assert close(without_gradients(again.forward_head, without_gradients(again.forward_features, inputs)), expected)
 
 
 def test_encoders_of_a_clip() -> None:
