@@ -49,10 +49,12 @@ def start() -> ProcessPoolExecutor:
     return pool
 
 
-def run(attend_json: str, operands: list[torch.Tensor], block: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+def run(
+    attend_json: str, operands: list[torch.Tensor], block: tuple[int, int], pieces: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of the kernel emitted for the operation, poisoned with NaN before the run.
 
-    operands: query, key, value and the operation's tensors. block: queries and keys per tile.
+    operands: query, key, value and the operation's tensors. block: queries and keys per tile. pieces: programs that share a tile's keys.
     """
     from codegen.kernel import kernel_for
     from codegen.tiles import Tile
@@ -62,8 +64,40 @@ def run(attend_json: str, operands: list[torch.Tensor], block: tuple[int, int]) 
     out, lse = output_like(query, value)
     out.fill_(torch.nan)
     lse.fill_(torch.nan)
-    kernel_for(attend_json).load().launch(query, key, value, tensors, out, lse, tile=Tile(*block, 4, 1))
+    kernel_for(attend_json).load().launch(
+        query, key, value, tensors, out, lse, tile=Tile(*block, 4, 1), **({"pieces": pieces} if pieces else {})
+    )
     return out, lse
+
+
+def run_backward(
+    attend_json: str, operands: list[torch.Tensor], received: tuple[torch.Tensor, torch.Tensor], wanted: list[int], block: tuple[int, int]
+) -> list[torch.Tensor]:
+    """The gradients of query, key, value and the wanted tensors by the backward kernels, from what the torch lowering gives forward.
+
+    Everything that the kernels write is poisoned with NaN before. operands: query, key, value and the operation's tensors; received: the
+    gradients of out and lse; wanted: positions among the tensors. block: queries and keys per tile, of both kernels.
+    """
+    from unittest import mock
+
+    from codegen.backward_kernel import backward_kernel_for
+    from codegen.tiles import BackwardTiles, Tile
+    from codegen.torch_streaming import attend_forward
+    from rewrite.ir import Attend
+
+    operation = Attend.from_json(attend_json)
+    query, key, value, *tensors = operands
+    out, lse = attend_forward(operation, query, key, value, dict(zip(operation.tensors(), tensors, strict=True)))
+    empty = torch.empty
+
+    def poisoned(*size: object, **kwargs: object) -> torch.Tensor:
+        return empty(*size, **kwargs).fill_(torch.nan)  # type: ignore[call-overload, no-any-return]
+
+    gradients = [torch.full(operand.shape, torch.nan, dtype=operand.dtype) for operand in (query, key, value)]
+    tiles = BackwardTiles(Tile(*block, 4, 1), Tile(*block, 4, 1))
+    with mock.patch("torch.empty", poisoned):
+        launch = backward_kernel_for(attend_json).load().launch
+        return [*gradients, *launch(query, key, value, tensors, out, lse, *received, *gradients, wanted=wanted, tiles=tiles)]
 
 
 def compile_while_interpreting(attend_json: str) -> str:
