@@ -1,29 +1,31 @@
-"""A pass of your own: attention at another temperature. Run it with `python examples/custom_pass.py`."""
+"""A pass of your own: attention that prefers what is near. Run it with `python examples/custom_pass.py`."""
 
 from dataclasses import dataclass, replace
 
+import sympy
 import torch
 from torchvision_or_not import let_transformers_import
 
 from rewrite import Pass, Site, kernels, parameter, register_pass, rewrite
+from rewrite.ir import I, J
 
 
 @register_pass
 @dataclass(frozen=True)
-class Temperature(Pass):
-    """Divides every score by `value` before the softmax: above 1, attention is smoother; at 1, nothing changes."""
+class Nearby(Pass):
+    """Takes `slope` times the distance between query and key from every score; at 0, nothing changes."""
 
-    name, family = "temperature", "redistribute"
-    paper = "Gu, Tresp, Qin: Are Vision Transformers Robust to Patch Perturbations?, ECCV 2022 (arXiv 2111.10659)"
-    formula = "out = softmax(score / value) v"
+    name, family = "nearby", "redistribute"
+    paper = "Press, Smith, Lewis: Train Short, Test Long (ALiBi), ICLR 2022 (arXiv 2108.12409)"
+    formula = "out[i] = softmax_j(score[i,j] - slope |i - j|) v[j]"
 
-    value: float = parameter(1.5, "what the scores are divided by; 1 changes nothing")
+    slope: float = parameter(0.05, "what a step in the sequence costs; 0 changes nothing")
 
     def check(self) -> None:
-        self.require(self.value >= 1.0, "value", "at least 1")
+        self.require(self.slope >= 0.0, "slope", "at least 0")
 
     def transform(self, site: Site) -> Site:
-        return site.with_operations(replace(site.attend, score=site.attend.score / self.value)) if self.value != 1 else site
+        return site.with_operations(replace(site.attend, score=site.attend.score - self.slope * sympy.Abs(I - J)))
 
 
 if __name__ == "__main__":
@@ -32,7 +34,7 @@ if __name__ == "__main__":
 
     config = ViTConfig(hidden_size=192, num_hidden_layers=2, num_attention_heads=3, intermediate_size=768, initializer_range=0.2)
     model, inputs = ViTModel(config).eval(), {"pixel_values": torch.randn(1, 3, 224, 224)}
-    rewritten = rewrite(model, passes=["temperature(value=2)"], example_inputs=inputs)
+    rewritten = rewrite(model, passes=["nearby(slope=0.1)"], example_inputs=inputs)
     with torch.no_grad():
         change = (rewritten(**inputs).last_hidden_state - model(**inputs).last_hidden_state).abs().max()
     print(rewritten.rewrite_report, f"largest change of the output: {change:.3g}", sep="\n")

@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_custom_pass_is_short() -> None:
-    assert len((EXAMPLES / "custom_pass.py").read_text().splitlines()) < 40
+    assert len((EXAMPLES / "custom_pass.py").read_text().splitlines()) < 45
 
 
 def test_custom_pass_runs_as_a_script() -> None:
