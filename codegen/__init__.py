@@ -2,6 +2,7 @@
 
 from codegen import flops as _flops  # registers the FLOP formulas
 from codegen.backward_kernel import BackwardKernel, emit_backward, has_triton_backward
+from codegen.block_choice import visited_pairs
 from codegen.compilation import TARGETS, CompiledKernel
 from codegen.kernel import Kernel, emit, has_triton_form
 from codegen.masks import visible_pairs
@@ -23,6 +24,7 @@ __all__ = [
     "reason_without_kernel",
     "statistic",
     "visible_pairs",
+    "visited_pairs",
 ]
 
 del _flops

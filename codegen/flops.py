@@ -7,9 +7,8 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from codegen.masks import visible_pairs
+from codegen.block_choice import visited_pairs
 from codegen.operator import attend_backward_op, attend_op
-from codegen.weight_form import split_visits
 from rewrite.ir.operations import Attend
 
 # torch's convention for the backward of attention: five matrix products (one of them recomputes the scores) to the forward's two.
@@ -19,9 +18,12 @@ Shape = Sequence[int]
 
 
 def attend_flops(query: Shape, key: Shape, value: Shape, attend: str) -> int:
-    """2 * B * H * pairs * (D + Dv), for query [B, H, Nq, D], key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv]."""
+    """2 * B * H * pairs * (D + Dv), for query [B, H, Nq, D], key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv].
+
+    Of blocks that the data choose, as many pairs are counted as may be chosen (`codegen.block_choice`).
+    """
     batch, heads, n_queries, head_dim = query
-    return 2 * batch * heads * visible_pairs(split_visits(Attend.from_json(attend))[0], n_queries, key[2]) * (head_dim + value[3])
+    return 2 * batch * heads * visited_pairs(Attend.from_json(attend), n_queries, key[2]) * (head_dim + value[3])
 
 
 @register_flop_formula(attend_op._opoverload.overloadpacket)

@@ -12,6 +12,8 @@ from typing import Any
 import sympy
 import torch
 
+from codegen.block_choice import choice_term
+from codegen.gathered_visit import GatheredVisit
 from codegen.tensor_reads import accumulation_dtype, read_block
 from codegen.visits import Visit
 from codegen.weight_form import split_visits
@@ -42,28 +44,43 @@ def sum_over_queries(weights: torch.Tensor, rows: torch.Tensor, key_heads: int) 
     return by_key_head(weights, key_heads).transpose(-2, -1) @ by_key_head(rows, key_heads)
 
 
+def _positions(query: torch.Tensor, key: torch.Tensor, visit: Visit) -> dict[str, Any]:
+    device = query.device
+    return {
+        "b": torch.arange(query.shape[0], device=device).view(-1, 1, 1, 1),
+        "h": torch.arange(query.shape[1], device=device).view(1, -1, 1, 1),
+        "i": visit.query_positions(device).view(1, 1, -1, 1),
+        "j": visit.key_positions(device).view(1, 1, 1, -1),
+        "Nq": query.shape[2],
+        "Nk": key.shape[2],
+    }
+
+
 class ScoreBlock:
     """The symbols and tensors of an operation on one visit, everything broadcasting against [B, H, rows, columns].
 
     values: by name, as `evaluate_expression` takes them; floating tensors in the accumulation dtype. visit, attend: what it is of.
+    Of a `GatheredVisit`, its small attentions stand where the batch does, and the tensor that chose their keys is not read again.
     """
 
-    def __init__(self, attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor], visit: Visit) -> None:
+    def __init__(
+        self,
+        attend: Attend,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        tensors: Mapping[str, torch.Tensor],
+        visit: Visit | GatheredVisit,
+    ) -> None:
         """query [B, H, Nq, D], key [B, Hkv, Nk, D] whole; only the visited part of them and of the tensors is read."""
-        device, self.dtype = query.device, accumulation_dtype(query.dtype)
+        self.dtype = accumulation_dtype(query.dtype)
         self.attend, self.visit = attend, visit
-        self.values: dict[str, Any] = {
-            "b": torch.arange(query.shape[0], device=device).view(-1, 1, 1, 1),
-            "h": torch.arange(query.shape[1], device=device).view(1, -1, 1, 1),
-            "i": visit.query_positions(device).view(1, 1, -1, 1),
-            "j": visit.key_positions(device).view(1, 1, 1, -1),
-            "Nq": query.shape[2],
-            "Nk": key.shape[2],
-        }
-        mixing = {name for mix in attend.mixes for name in (mix.matrix, mix.bias)}
+        self.values: dict[str, Any] = dict(visit.values) if isinstance(visit, GatheredVisit) else _positions(query, key, visit)
+        unread = {name for mix in attend.mixes for name in (mix.matrix, mix.bias)}
+        if isinstance(visit, GatheredVisit) and attend.choice is not None:
+            unread.add(attend.choice.tensor)
         places = dict(self.values)
         for name, indices in attend.tensors().items():
-            if name not in mixing:
+            if name not in unread:
                 part = read_block(tensors[name], indices, places, visit)
                 self.values[name] = part.to(self.dtype) if part.is_floating_point() else part
 
@@ -73,8 +90,13 @@ class ScoreBlock:
 
     def hidden(self) -> torch.Tensor | None:
         """True where the mask hides a key: broadcasts against [B, H, rows, columns]; None where it hides nothing."""
-        _, dynamic = split_visits(self.attend)
-        hidden = None if self.visit.seen is None else ~self.visit.seen[None, None]
+        if isinstance(self.visit, GatheredVisit):
+            term, seen = choice_term(self.attend), self.visit.taken
+            dynamic = self.attend.mask if term is None else term.rest
+        else:
+            dynamic = split_visits(self.attend)[1]
+            seen = None if self.visit.seen is None else self.visit.seen[None, None]
+        hidden = None if seen is None else ~seen
         if dynamic != sympy.true:
             unseen = ~torch.as_tensor(evaluate_expression(dynamic, self.values), device=self.values["i"].device)
             hidden = unseen if hidden is None else hidden | unseen

@@ -13,6 +13,7 @@ from typing import Any
 import sympy
 import torch
 
+from codegen.gathered_visit import GatheredVisit
 from codegen.visits import Visit
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import Indices, letters
@@ -24,8 +25,18 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def read_block(tensor: torch.Tensor, indices: Indices, values: Mapping[str, Any], visit: Visit) -> torch.Tensor:
+def _entries(shape: Sequence[int], indices: Indices, values: Mapping[str, Any], device: torch.device) -> torch.Tensor:
+    """Where a tensor of that shape is read, as numbers of its entries in row-major order, broadcasting against [B, H, rows, columns]."""
+    entry = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+    for place, size in zip(places_of(shape, indices, values, device), shape, strict=True):
+        entry = entry * size + place
+    return entry
+
+
+def read_block(tensor: torch.Tensor, indices: Indices, values: Mapping[str, Any], visit: Visit | GatheredVisit) -> torch.Tensor:
     """The tensor where a visit reads it, broadcasting against [B, H, rows, columns]; values: the visit's positions by name."""
+    if isinstance(visit, GatheredVisit):
+        return tensor.reshape(-1)[_entries(tensor.shape, indices, values, tensor.device)]
     plain = letters(indices)
     return read_at(tensor, indices, values) if plain is None else visit.keys(visit.queries(aligned(tensor, plain), 2), 3)
 
@@ -52,10 +63,10 @@ class TensorGradient:
         self.read, self.indices, self.operand = sympy.Indexed(sympy.IndexedBase(name, real=True), *indices), indices, operand
         self.total = torch.zeros_like(operand, dtype=accumulation_dtype(operand.dtype), memory_format=torch.contiguous_format)
 
-    def add(self, part: torch.Tensor, values: Mapping[str, Any], visit: Visit) -> None:
+    def add(self, part: torch.Tensor, values: Mapping[str, Any], visit: Visit | GatheredVisit) -> None:
         """Add what one visit gives, [B, H, rows, columns] or [B, H, rows, 1]; values: the visit's positions by name."""
         plain = letters(self.indices)
-        if plain is None:
+        if plain is None or isinstance(visit, GatheredVisit):
             self._add_entries(part, values)
             return
         total = aligned(self.total, plain)
@@ -68,10 +79,7 @@ class TensorGradient:
         total[:, :, rows, columns] += part
 
     def _add_entries(self, part: torch.Tensor, values: Mapping[str, Any]) -> None:
-        places = places_of(self.total.shape, self.indices, values, part.device)
-        entry = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=part.device)
-        for place, stride in zip(places, self.total.stride(), strict=True):
-            entry = entry + place * stride
+        entry = _entries(self.total.shape, self.indices, values, part.device)
         whole = [axis for axis in range(4) if entry.shape[axis] == 1]
         part = part.sum(whole, keepdim=True) if whole else part
         flat, where, terms = self.total.view(-1), entry.expand_as(part).reshape(-1), part.reshape(-1)
@@ -91,7 +99,7 @@ class TensorGradients:
     def __init__(self, indices: Mapping[str, Indices], tensors: Mapping[str, torch.Tensor], wanted: Sequence[str]) -> None:
         self._of = {name: TensorGradient(name, indices[name], tensors[name]) for name in wanted}
 
-    def through(self, expression: sympy.Expr, received: torch.Tensor, values: Mapping[str, Any], visit: Visit) -> None:
+    def through(self, expression: sympy.Expr, received: torch.Tensor, values: Mapping[str, Any], visit: Visit | GatheredVisit) -> None:
         """Add what reaches the tensors through an expression whose own gradient on this visit is `received`.
 
         Pairs that receive nothing give nothing: where an additive mask hides a key, slopes may be infinite.

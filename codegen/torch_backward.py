@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from codegen.attention_block import AttentionBlock
+from codegen.gathered import Gathered, gathered
 from codegen.score_block import ScoreBlock, dot, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype
 from codegen.torch_streaming import blockwise_visits
@@ -38,9 +39,12 @@ def attend_gradients(
     """
     (grad_out, grad_lse), (query, key, value) = received, operands
     dtype = accumulation_dtype(query.dtype)
-    d_query, d_key, d_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (query, key, value))
-    gradients = TensorGradients(attend.tensors(), tensors, wanted)
-    for visit in blockwise_visits(attend, query, key):
+    gradients, chosen = TensorGradients(attend.tensors(), tensors, wanted), gathered(attend, query, key, tensors)
+    if chosen is None:
+        d_query, d_key, d_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (query, key, value))
+    else:
+        d_query, d_key, d_value = _gathered_gradients(attend, chosen, received, operands, tensors, gradients)
+    for visit in blockwise_visits(attend, query, key) if chosen is None else chosen.plan.everywhere:
         rows, keys, values = visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype), visit.keys(value, 2).to(dtype)
         d_rows, d_lse = visit.queries(grad_out, 2).to(dtype), visit.queries(grad_lse, 2)[..., None].to(dtype)
         block = ScoreBlock(attend, query, key, tensors, visit)
@@ -52,3 +56,44 @@ def attend_gradients(
         _add_columns(d_key, sum_over_queries(d_dot, rows, key.shape[1]), visit)
     whole = ((d_query, query), (d_key, key), (d_value, value))
     return [*(total.to(operand.dtype) for total, operand in whole), *(gradient.result() for gradient in gradients)]
+
+
+def _add_entries(total: torch.Tensor, entries: torch.Tensor, part: torch.Tensor) -> None:
+    """total[entries] += part, for total [n, H, D], entries [P, m] and part [P, H, m, D]; each adds up in a fixed order on its device."""
+    terms = part.transpose(1, 2).flatten(0, 1)
+    if total.device.type == "cpu":
+        total.index_add_(0, entries.flatten(), terms)
+    else:
+        total.index_put_((entries.flatten(),), terms, accumulate=True)
+
+
+def _gathered_gradients(
+    attend: Attend,
+    chosen: Gathered,
+    received: tuple[torch.Tensor, torch.Tensor],
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    gradients: TensorGradients,
+) -> list[torch.Tensor]:
+    """What the small attentions give the gradients of query, key and value, in the accumulation dtype; the tensors' are added."""
+    dtype = accumulation_dtype(operands[0].dtype)
+    queries, keys, values = (chosen.rows_of(operand) for operand in operands)
+    grad_out, grad_lse = chosen.rows_of(received[0]), chosen.rows_of(received[1][..., None])
+    d_queries, d_keys, d_values = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (queries, keys, values))
+    for visit in chosen.visits():
+        taken = (visit.queries(queries), visit.queries(grad_out), visit.keys(keys), visit.keys(values))
+        # Most are multiplied twice, and each product would copy what is not contiguous.
+        rows, d_rows, own_keys, own_values = (t.to(dtype).contiguous() for t in taken)
+        d_lse = visit.queries(grad_lse).to(dtype)
+        if visit.row_taken is not None:
+            # What only fills up a block has been counted where it belongs.
+            d_rows, d_lse = d_rows * visit.row_taken, d_lse * visit.row_taken
+        block = ScoreBlock(attend, *operands[:2], tensors, visit)
+        block.read_dot(rows, own_keys)
+        attention = AttentionBlock(block, tensors)
+        _add_entries(d_values, visit.columns, sum_over_queries(attention.weights, d_rows, values.shape[1]))
+        d_dot = attention.dot_gradient(dot(d_rows, own_values), d_lse, gradients)
+        _add_entries(d_queries, visit.rows, weighted_sum(d_dot, own_keys))
+        _add_entries(d_keys, visit.columns, sum_over_queries(d_dot, rows, keys.shape[1]))
+    pairs = zip((d_queries, d_keys, d_values), operands, strict=True)
+    return [chosen.tensor_of(rows, operand) for rows, operand in pairs]

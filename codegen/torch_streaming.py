@@ -1,7 +1,8 @@
 """An attention operation in torch operators, a block of queries at a time: never the Nq x Nk map.
 
 Plain softmax attention with a bias, a mask or a sink goes to torch's fused attention, on all queries at once or, with a static mask, on
-each block of queries with the keys it sees. Everything else is matrix products, block by block.
+each block of queries with the keys it sees. Everything else is matrix products, block by block. Where a mask chooses blocks of keys from
+the data, these are gathered first (`codegen.gathered`), and both ways work on what was gathered.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import torch
 from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
+from codegen.fused_block import fused_block
+from codegen.gathered import Gathered, gathered
 from codegen.masks import split_mask, static_key
 from codegen.score_block import ScoreBlock, linear_score, weighted_sum
 from codegen.tensor_reads import accumulation_dtype
@@ -64,14 +67,17 @@ def attend_forward(
     lse, of the scores that a query sees: the logarithm of the softmax's denominator, the sink's part included, -inf for a query that sees
     no key; of the scores' sum for "sum", -inf where that is not positive; 0 for "none".
     """
-    linear = _fused_score(attend)
+    linear, chosen = _fused_score(attend), gathered(attend, query, key, tensors)
     if linear is not None and query.device.type == "cpu":
-        return _fused(attend, linear, (query, key, value), tensors)
+        return _fused(attend, linear, (query, key, value), tensors, chosen)
     out, lse = output_like(query, value)
-    out.zero_()
-    lse.fill_(-torch.inf if attend.normaliser != "none" else 0.0)
+    if chosen is None:
+        out.zero_()
+        lse.fill_(-torch.inf if attend.normaliser != "none" else 0.0)
+    else:
+        _attend_gathered(attend, None, chosen, (query, key, value), tensors, (out, lse))
     dtype = accumulation_dtype(query.dtype)
-    for visit in blockwise_visits(attend, query, key):
+    for visit in blockwise_visits(attend, query, key) if chosen is None else chosen.plan.everywhere:
         block = ScoreBlock(attend, query, key, tensors, visit)
         block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
         attention = AttentionBlock(block, tensors)
@@ -90,35 +96,12 @@ def _fused_visits(attend: Attend, rest: sympy.Expr, n_queries: int, n_keys: int,
     return visits(key, n_queries, n_keys, Plan(max(1, n_queries) if ready else FUSED_ROWS), device)
 
 
-def _bias(block: ScoreBlock, rest: sympy.Expr, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is added to the scaled dot product, [1 or B, 1 or H, rows, columns]; None for nothing."""
-    size = (block.values["i"].shape[2], block.values["j"].shape[3])
-    bias = None
-    if rest != 0:
-        bias = torch.as_tensor(block.evaluate(rest), dtype=dtype, device=block.values["i"].device)
-        bias = bias.view((1,) * (4 - bias.dim()) + bias.shape)
-        bias = bias.expand(*bias.shape[:2], *size)
-    hidden = block.hidden()
-    if hidden is None:
-        return bias
-    hidden = hidden.view((1,) * (4 - hidden.dim()) + hidden.shape)
-    if bias is None:
-        return torch.zeros(*hidden.shape[:2], *size, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-    return bias.masked_fill(hidden, -torch.inf)
-
-
-def _every_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, Hkv, n, D] -> [B, H, n, D], each key head repeated for the query heads that share it."""
-    batch, key_heads, n, width = tensor.shape
-    shared = tensor[:, :, None].expand(batch, key_heads, heads // key_heads, n, width)
-    return tensor if key_heads == heads else shared.reshape(batch, heads, n, width)
-
-
 def _fused(
     attend: Attend,
     linear: tuple[float, sympy.Expr],
     operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     tensors: Mapping[str, torch.Tensor],
+    chosen: Gathered | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax(scale * qk + rest) by torch's fused CPU attention, which gives the log-sum-exp too."""
     (scale, rest), (query, key, value) = linear, operands
@@ -127,34 +110,48 @@ def _fused(
     widest = max(query.shape[3], width)
     query, key, value = (functional.pad(t, (0, widest - t.shape[3])) if t.shape[3] < widest else t for t in (query, key, value))
     out, lse = output_like(query, value[..., :width])
-    planned = _fused_visits(attend, rest, n_queries, n_keys, query.device)
-    if sum(visit.n_queries for visit in planned) < n_queries:
+    planned = _fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
+    if chosen is not None:
+        _attend_gathered(attend, linear, chosen, (query, key, value), tensors, (out, lse))
+    elif sum(visit.n_queries for visit in planned) < n_queries:
         out.zero_()
         lse.fill_(-torch.inf)
     for visit in planned:
-        block = ScoreBlock(attend, query, key, tensors, visit)
-        bias = _bias(block, rest, query.dtype)
-        part, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            visit.queries(query, 2),
-            _every_head(visit.keys(key, 2), query.shape[1]),
-            _every_head(visit.keys(value, 2), query.shape[1]),
-            attn_mask=bias,
-            scale=scale,
-        )
-        part = part[..., :width]
-        # Rows that see no key come back with whatever log-sum-exp the operator likes; only then is the bias looked through.
-        if bias is not None and bool(((total == 0) | ~total.isfinite()).any()):
-            empty = bias.amax(-1) == -torch.inf
-            part, total = part.masked_fill(empty[..., None], 0.0), total.masked_fill(empty, -torch.inf)
-        if attend.sink is not None:
-            part, total = _with_sink(part, total, block.filled(attend.sink, total[..., None])[..., 0])
-        out[:, :, visit.rows] = part
+        seen = visit.queries(query, 2), visit.keys(key, 2), visit.keys(value, 2)
+        part, total = fused_block(ScoreBlock(attend, query, key, tensors, visit), seen, scale, rest)
+        out[:, :, visit.rows] = part[..., :width]
         lse[:, :, visit.rows] = total
     return out, lse
 
 
-def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A softmax without a sink, as the one with: out [B, H, n, Dv] shrinks by what the logit sink [B, H, n] adds to the normaliser."""
-    total = torch.logaddexp(lse, sink).masked_fill(lse == -torch.inf, -torch.inf)
-    share = (lse - total).exp().masked_fill(lse == -torch.inf, 0.0)
-    return (out * share[..., None]).to(out.dtype), total
+def _attend_gathered(
+    attend: Attend,
+    linear: tuple[float, sympy.Expr] | None,
+    chosen: Gathered,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    results: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    """Write out [B, H, Nq, Dv] and lse [B, H, Nq] of all queries; what `chosen` leaves to be visited otherwise is written over later.
+
+    linear: scale and rest of the score where torch's fused attention serves, or None.
+    """
+    (query, key, _), (out, lse), dtype = operands, results, accumulation_dtype(operands[0].dtype)
+    queries, keys, values = (chosen.rows_of(operand) for operand in operands)
+    out_rows = out.new_zeros(queries.shape[0], queries.shape[1], out.shape[3])
+    lse_rows = lse.new_zeros(queries.shape[0], queries.shape[1], 1)
+    for visit in chosen.visits():
+        block = ScoreBlock(attend, query, key, tensors, visit)
+        rows, own_keys, own_values = visit.queries(queries), visit.keys(keys), visit.keys(values)
+        if linear is not None:
+            part, total = fused_block(block, (rows, own_keys, own_values), *linear)
+        else:
+            block.read_dot(rows.to(dtype), own_keys.to(dtype))
+            attention = AttentionBlock(block, tensors)
+            part, total = weighted_sum(attention.weights, own_values.to(dtype)), attention.lse
+        # A block's filling is its first query again, with the same result.
+        entries = visit.rows.flatten()
+        out_rows[entries] = part[..., : out.shape[3]].transpose(1, 2).flatten(0, 1).to(out.dtype)
+        lse_rows[entries] = total[..., None].transpose(1, 2).flatten(0, 1).to(lse.dtype)
+    out.copy_(chosen.tensor_of(out_rows, out))
+    lse.copy_(chosen.tensor_of(lse_rows, lse[..., None])[..., 0])

@@ -86,7 +86,7 @@ def best_plan(static: str, n_queries: int, n_keys: int) -> Plan:
     return min(cost, key=cost.__getitem__, default=Plan(max(CANDIDATES)))
 
 
-def _as_slice(positions: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+def as_slice(positions: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
     """Increasing positions as a slice where they are consecutive."""
     if len(positions) and bool((positions.diff() == 1).all()):
         return slice(int(positions[0]), int(positions[-1]) + 1)
@@ -110,7 +110,7 @@ def visits(static: str, n_queries: int, n_keys: int, plan: Plan, device: torch.d
         if not needed.any():
             continue
         part = seen[:, needed]
-        rows, columns = _as_slice(queries, device), _as_slice(needed.nonzero().flatten(), device)
+        rows, columns = as_slice(queries, device), as_slice(needed.nonzero().flatten(), device)
         if part.all():
             found.append(Visit(rows, columns, None))
             continue

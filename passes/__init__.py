@@ -13,6 +13,8 @@ from passes.sparsify.grid import Grid
 from passes.sparsify.halo import Halo
 from passes.sparsify.modality_mutual import ModalityMutual
 from passes.sparsify.neighborhood import Neighborhood
+from passes.sparsify.routed import Routed
+from passes.sparsify.sparsifiner import Sparsifiner
 from passes.sparsify.window import Window
 
 __all__ = [
@@ -25,8 +27,10 @@ __all__ = [
     "ModalityMutual",
     "Neighborhood",
     "ReluAttention",
+    "Routed",
     "SigmoidAttention",
     "SinkRedistribution",
+    "Sparsifiner",
     "Temperature",
     "TokenExit",
     "Window",

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 import codegen
-from rewrite.ir.operations import Attend, DepthwiseConv, Pool, ReinforceHeads, Statistic
+from rewrite.ir.operations import Attend, DepthwiseConv, Pool, RegionRoutes, ReinforceHeads, SparseMap, Statistic
 from rewrite.ir.site import Site
 from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
 
@@ -78,7 +78,7 @@ def rewritten_cost(site: Site, itemsize: int) -> Cost:
     if len(site.body.operations) > 1:
         return _body_cost(site, itemsize)
     cost = attention_cost(site.dims, itemsize, materialised=False)
-    pairs = codegen.visible_pairs(site.attend.mask, site.dims["Nq"], site.dims["Nk"])
+    pairs = codegen.visited_pairs(site.attend, site.dims["Nq"], site.dims["Nk"])
     return replace(cost, sizes=(*(entry for entry in cost.sizes if entry[0] != "pairs"), ("pairs", pairs)))
 
 
@@ -95,12 +95,12 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
             case Attend():
                 n_queries, n_keys = tokens[operation.query], tokens[operation.key]
                 tokens[operation.result] = n_queries
-                pairs = codegen.visible_pairs(operation.mask, n_queries, n_keys)
+                pairs = codegen.visited_pairs(operation, n_queries, n_keys)
                 multiply_adds += _S["B"] * _S["H"] * pairs * (_S["D"] + _S["Dv"])
                 moved += _S["B"] * _S["H"] * (n_queries + n_keys) * (_S["D"] + _S["Dv"])
             case DepthwiseConv():
                 tokens[operation.result] = tokens[operation.source]
-                taps = 9  # the paper's kernel is 3 x 3
+                taps = next(math.prod(each.shape[2:]) for each in site.body.parameters if each.name == operation.weight)
                 multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * math.prod(operation.grid) * taps
                 moved += 2 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.source]
             case Statistic():
@@ -112,6 +112,17 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.output]
                 # Two outputs are read, one is written.
                 moved += 3 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.output]
+            case RegionRoutes():
+                multiply_adds += _S["B"] * _S["H"] * _S["D"] * math.prod(operation.regions) ** 2
+                moved += _S["B"] * _S["D"] * (_S["H"] * tokens[operation.query] + _S["Hkv"] * tokens[operation.key])
+            case SparseMap():
+                (narrow, _), (length, rank) = (
+                    next(each.shape for each in site.body.parameters if each.name == name) for name in (operation.weight, operation.down)
+                )
+                # Narrowed, keys brought down, the coefficients, and the map from those of them that are kept.
+                multiply_adds += _S["B"] * length * narrow * (_S["H"] + _S["Hkv"]) * _S["D"]
+                multiply_adds += _S["B"] * length * rank * narrow * (_S["H"] + _S["Hkv"]) + _S["B"] * _S["H"] * length**2 * rank
+                moved += _S["B"] * _S["D"] * length * (_S["H"] + _S["Hkv"])
             case _:
                 pass
     return Cost(multiply_adds, _S["itemsize"] * moved, tuple(sorted({**site.dims, "itemsize": itemsize}.items())))

@@ -67,7 +67,7 @@ class Session:
                     "give example inputs that reach it"
                 )
             like = next(self.root.parameters())
-            self._pending[name] = nn.Parameter(_initial(self.added[name], like))
+            self._pending[name] = nn.Parameter(_initial(self.added[name], like), requires_grad=self.added[name].trainable)
         return self._pending[name]
 
     def register_parameters(self) -> None:

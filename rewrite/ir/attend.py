@@ -51,6 +51,25 @@ class HeadMix:
 
 
 @dataclass(frozen=True)
+class BlockChoice:
+    """What is known beforehand of a mask that is chosen from the data: how many blocks of keys a block of queries sees.
+
+    tensor: name of a tensor that the mask reads as ``Ne(tensor[..., f(i), g(j)], 0)``, f the block of a query and g that of a key.
+    most: along the tensor's last axis no more entries than this differ from zero.
+
+    It is a promise about the tensor, and no part of the meaning: with it a kernel gathers `most` blocks without asking the device how many
+    were chosen.
+    """
+
+    tensor: str
+    most: int
+
+    def __post_init__(self) -> None:
+        if self.most < 1:
+            raise ValueError(f"most={self.most}: a choice is of at least one block")
+
+
+@dataclass(frozen=True)
 class Attend:
     """``result[b,h,i,:] = sum_j weights[b,h,i,j] value[b,h',j,:]``, the weights being made in this order:
 
@@ -63,6 +82,8 @@ class Attend:
     6. weight: what becomes of the normalised weight `w`, an expression in `w`, positions and tensors.
     7. renormalised: divided by their sum over keys.
     8. groups: reweighting between groups of keys, allowed only where 2 and 4 to 7 are as in plain softmax attention.
+
+    choice: a promise about a tensor that the mask reads, see `BlockChoice`.
 
     Where a step would divide by zero, for one a softmax over no key, it gives zeros. Raises `ValueError` for parts that do not go together
     and symbols that do not belong.
@@ -82,6 +103,7 @@ class Attend:
     renormalised: bool = False
     score_mix: HeadMix | None = None
     weight_mix: HeadMix | None = None
+    choice: BlockChoice | None = None
 
     def __post_init__(self) -> None:
         if self.normaliser not in get_args(Normaliser):
@@ -105,6 +127,8 @@ class Attend:
             raise ValueError("w belongs to the weight expression and qk to the score: one is not known where the other is used")
         if self.sink is not None and {W, QK, J, TOTAL} & self.sink.free_symbols:
             raise ValueError(f"the sink {self.sink} may depend on b, h and i, not on a key")
+        if self.choice is not None and self.choice.tensor not in tensors_in(self.mask):
+            raise ValueError(f"blocks are chosen by {self.choice.tensor}, which the mask {self.mask} does not read")
 
     @property
     def unusual(self) -> tuple[str, ...]:
@@ -177,6 +201,7 @@ class Attend:
             "renormalised": self.renormalised,
             "score_mix": None if self.score_mix is None else asdict(self.score_mix),
             "weight_mix": None if self.weight_mix is None else asdict(self.weight_mix),
+            "choice": None if self.choice is None else asdict(self.choice),
         }
         return json.dumps(data, separators=(",", ":"))
 
@@ -185,7 +210,7 @@ class Attend:
     def from_json(text: str) -> Attend:
         """The operation that `to_json` wrote, its operands named query, key, value and result."""
         data = json.loads(text)
-        groups, score_mix, weight_mix = data["groups"], data["score_mix"], data["weight_mix"]
+        groups, score_mix, weight_mix, choice = data["groups"], data["score_mix"], data["weight_mix"], data["choice"]
         return Attend(
             result="result",
             query="query",
@@ -208,6 +233,7 @@ class Attend:
             renormalised=data["renormalised"],
             score_mix=None if score_mix is None else HeadMix(**score_mix),
             weight_mix=None if weight_mix is None else HeadMix(**weight_mix),
+            choice=None if choice is None else BlockChoice(**choice),
         )
 
 

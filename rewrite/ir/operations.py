@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from rewrite.ir.attend import Attend, Groups, HeadMix, Normaliser
+from rewrite.ir.attend import Attend, BlockChoice, Groups, HeadMix, Normaliser
 from rewrite.ir.statistic import Statistic
 
 __all__ = [
     "Attend",
+    "BlockChoice",
     "Body",
     "DepthwiseConv",
     "GridBias",
@@ -23,8 +24,10 @@ __all__ = [
     "Parameter",
     "Pool",
     "ReceivedSinks",
+    "RegionRoutes",
     "ReinforceHeads",
     "SinkGroups",
+    "SparseMap",
     "Statistic",
     "Sum",
     "VisualGroups",
@@ -157,20 +160,82 @@ class ReinforceHeads:
     factor: float
 
 
+@dataclass(frozen=True)
+class RegionRoutes:
+    """Which regions of a grid attend to which: the `topk` of the greatest affinity (BiFormer, Zhu et al. 2023).
+
+    query [B, H, prefix + N, D], key [B, Hkv, prefix + N, D], the N tokens in raster order on `grid`, which is cut into `regions` = (rows,
+    columns) equal ones, R together. The affinity of two regions is the dot product of the mean query of one and the mean key of the other,
+    summed over heads. result [B, R, R] bool: [b, r, s] says that region r attends to region s, `topk` for every r. It has no gradient.
+    """
+
+    result: str
+    query: str
+    key: str
+    grid: tuple[int, int]
+    regions: tuple[int, int]
+    topk: int
+    prefix: int = 0
+
+
+@dataclass(frozen=True)
+class SparseMap:
+    """Which keys each query sees by a map of low rank (Sparsifiner, Wei et al. 2023): result [B, H, N, N] bool, without a gradient.
+
+    query [B, H, N, D], key [B, Hkv, N, D]. Of parameters, which are for one N:  weight [D', D] and bias [D'] (queries and keys are narrowed
+    alike, in every head), down [N, K] and up [N, K], by name.
+
+        c = softmax_k(scale * q' (k'^T down))      of which each query keeps its `coefficients` greatest        [B, H, N, K]
+        m = c u^T                                  u: up, with entries of magnitude `threshold` or less left out [B, H, N, N]
+
+    and a query sees the `keys` keys of its greatest m. The first `prefix` queries (CLS, registers) see all.
+    """
+
+    result: str
+    query: str
+    key: str
+    weight: str
+    bias: str
+    down: str
+    up: str
+    keys: int
+    scale: float
+    coefficients: int
+    threshold: float
+    prefix: int = 0
+
+
 # Operations that sort keys into groups: their first result is kept for the keys that a KV cache holds, in the field `noted` of its
 # `rewrite.notes.Note`.
 Grouping = SinkGroups | VisualGroups | ReceivedSinks
 
-Operation = Attend | Statistic | Pool | DepthwiseConv | GridBias | Sum | SinkGroups | VisualGroups | ReceivedSinks | ReinforceHeads
+Operation = (
+    Attend
+    | Statistic
+    | Pool
+    | DepthwiseConv
+    | GridBias
+    | Sum
+    | SinkGroups
+    | VisualGroups
+    | ReceivedSinks
+    | ReinforceHeads
+    | RegionRoutes
+    | SparseMap
+)
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor a pass adds to the model: `init` is "zeros", "ones", ("normal", std) or ("constant", value)."""
+    """A tensor a pass adds to the model: `init` is "zeros", "ones", ("normal", std) or ("constant", value).
+
+    trainable: whether the model's own loss gives it a gradient; one that does not is registered without.
+    """
 
     name: str
     shape: tuple[int, ...]
     init: str | tuple[str, float] = "zeros"
+    trainable: bool = True
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sympy
 import torch
 from torch.nn import functional
 
-from rewrite.ir.errors import RewriteError
+from rewrite.ir.errors import NotApplicableError, RewriteError
 from rewrite.ir.evaluation import (
     Value,
     aligned,
@@ -35,8 +35,10 @@ from rewrite.ir.operations import (
     Operation,
     Pool,
     ReceivedSinks,
+    RegionRoutes,
     ReinforceHeads,
     SinkGroups,
+    SparseMap,
     Sum,
     VisualGroups,
 )
@@ -61,8 +63,10 @@ __all__ = [
     "read_at",
     "read_statistic",
     "received_sinks",
+    "region_routes",
     "reinforce_heads",
     "sink_groups",
+    "sparse_map",
     "visual_groups",
     "without_fractions",
 ]
@@ -259,6 +263,41 @@ def reinforce_heads(operation: ReinforceHeads, values: Mapping[str, torch.Tensor
     return torch.where(chosen[..., None], output * operation.factor, output)
 
 
+def region_routes(operation: RegionRoutes, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, R, R] bool."""
+    (height, width), (down, across) = operation.grid, operation.regions
+
+    def means(tokens: torch.Tensor) -> torch.Tensor:
+        """[B, H, prefix + N, D] -> [B, H, R, D]."""
+        batch, heads, _, channels = tokens.shape
+        tokens = tokens.detach()[:, :, operation.prefix :]
+        tokens = tokens.reshape(batch, heads, down, height // down, across, width // across, channels)
+        return tokens.mean((3, 5), dtype=torch.promote_types(tokens.dtype, torch.float32)).flatten(2, 3)
+
+    query, key = means(values[operation.query]), means(values[operation.key])
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    affinity = (query @ key.transpose(-2, -1)).sum(1)
+    return torch.zeros_like(affinity, dtype=torch.bool).scatter(-1, affinity.topk(operation.topk, sorted=False).indices, True)
+
+
+def sparse_map(operation: SparseMap, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """[B, H, N, N] bool. Raises `NotApplicableError` where the parameters are for another N."""
+    query, key = values[operation.query].detach(), values[operation.key].detach()
+    narrow, bias, down, up = (values[name].detach() for name in (operation.weight, operation.bias, operation.down, operation.up))
+    if down.shape[0] != query.shape[2]:
+        raise NotApplicableError(f"{operation.down} is for {down.shape[0]} tokens, and there are {query.shape[2]}")
+    queries, keys = (functional.linear(tokens, narrow, bias) for tokens in (query, key))
+    keys = (keys.transpose(-2, -1) @ down).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    shares = (operation.scale * (queries @ keys)).softmax(-1)
+    kept = shares.topk(min(operation.coefficients, shares.shape[-1]), sorted=False).indices
+    shares = torch.zeros_like(shares).scatter(-1, kept, shares.gather(-1, kept))
+    basis = up.masked_fill(up.abs() <= operation.threshold, 0.0)
+    low_rank = shares @ basis.transpose(-2, -1)
+    seen = torch.zeros_like(low_rank, dtype=torch.bool).scatter(-1, low_rank.topk(operation.keys, sorted=False).indices, True)
+    seen[:, :, : operation.prefix] = True
+    return seen
+
+
 def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], cached: torch.Tensor | None = None) -> None:
     """Add the operation's results to `values`."""
     match operation:
@@ -282,6 +321,10 @@ def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], ca
             values[operation.result] = received_sinks(operation, values, cached)
         case ReinforceHeads():
             values[operation.result] = reinforce_heads(operation, values)
+        case RegionRoutes():
+            values[operation.result] = region_routes(operation, values)
+        case SparseMap():
+            values[operation.result] = sparse_map(operation, values)
 
 
 def evaluate(body: Body, operands: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None) -> torch.Tensor:

@@ -8,7 +8,17 @@ from __future__ import annotations
 import torch
 
 from rewrite.ir import semantics
-from rewrite.ir.operations import DepthwiseConv, GridBias, Pool, ReceivedSinks, ReinforceHeads, SinkGroups, VisualGroups
+from rewrite.ir.operations import (
+    DepthwiseConv,
+    GridBias,
+    Pool,
+    ReceivedSinks,
+    RegionRoutes,
+    ReinforceHeads,
+    SinkGroups,
+    SparseMap,
+    VisualGroups,
+)
 
 
 def pool(source: torch.Tensor, grid: tuple[int, ...], size: tuple[int, ...], prefix: int) -> torch.Tensor:
@@ -71,6 +81,30 @@ def reinforce_heads(output: torch.Tensor, without: torch.Tensor, active: torch.T
     """The heads that look at the image most, scaled; see `ReinforceHeads`."""
     operation = ReinforceHeads("", "output", "without", "active", heads, factor)
     return semantics.reinforce_heads(operation, {"output": output, "without": without, "active": active})
+
+
+def region_routes(
+    query: torch.Tensor, key: torch.Tensor, grid: tuple[int, int], regions: tuple[int, int], topk: int, prefix: int
+) -> torch.Tensor:
+    """Which regions of a grid attend to which; see `RegionRoutes`."""
+    operation = RegionRoutes("", "query", "key", (grid[0], grid[1]), (regions[0], regions[1]), topk, prefix)
+    return semantics.region_routes(operation, {"query": query, "key": key})
+
+
+def sparse_map(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    parameters: tuple[torch.Tensor, ...],
+    keys: int,
+    scale: float,
+    coefficients: int,
+    threshold: float,
+    prefix: int,
+) -> torch.Tensor:
+    """Which keys each query sees by a map of low rank; parameters: weight, bias, down, up; see `SparseMap`."""
+    names = ("weight", "bias", "down", "up")
+    operation = SparseMap("", "query", "key", *names, keys, scale, coefficients, threshold, prefix)
+    return semantics.sparse_map(operation, {"query": query, "key": key, **dict(zip(names, parameters, strict=True))})
 
 
 def no_visual(hidden: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,10 @@ from rewrite.ir.operations import (
     Operation,
     Pool,
     ReceivedSinks,
+    RegionRoutes,
     ReinforceHeads,
     SinkGroups,
+    SparseMap,
     Statistic,
     Sum,
     VisualGroups,
@@ -191,6 +193,19 @@ def _reinforce_heads(graph: fx.Graph, operation: ReinforceHeads, values: dict[st
     values[operation.result] = graph.call_function(functions.reinforce_heads, (*tensors, operation.heads, operation.factor))
 
 
+def _region_routes(graph: fx.Graph, operation: RegionRoutes, values: dict[str, fx.Node]) -> None:
+    tensors = (values[name] for name in (operation.query, operation.key))
+    facts = (operation.grid, operation.regions, operation.topk, operation.prefix)
+    values[operation.result] = graph.call_function(functions.region_routes, (*tensors, *facts))
+
+
+def _sparse_map(graph: fx.Graph, operation: SparseMap, values: dict[str, fx.Node]) -> None:
+    tensors = (values[name] for name in (operation.query, operation.key))
+    parameters = tuple(values[name] for name in (operation.weight, operation.bias, operation.down, operation.up))
+    facts = (operation.keys, operation.scale, operation.coefficients, operation.threshold, operation.prefix)
+    values[operation.result] = graph.call_function(functions.sparse_map, (*tensors, parameters, *facts))
+
+
 _LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], None]] = {
     Attend: _attend,
     Pool: _pool,
@@ -201,5 +216,7 @@ _LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], N
     VisualGroups: _visual_groups,
     ReceivedSinks: _received_sinks,
     ReinforceHeads: _reinforce_heads,
+    RegionRoutes: _region_routes,
+    SparseMap: _sparse_map,
     Statistic: _statistic,
 }

@@ -62,6 +62,18 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "relu_attention(relu_heads=(3,), layers=(3,))",
     ),
     "sigmoid": ("sigmoid(bias=-3.0)", "sigmoid(bias=0.5, layers=(3,))", "sigmoid(layers=(1,))"),
+    "routed": (
+        "routed(regions=(2, 3), topk=2)",
+        "routed(regions=(4, 3), topk=1, layers=(3,))",
+        "routed(regions=1, topk=1, lepe=True)",
+        "routed(regions=(4, 3), topk=3, lepe=True)",
+        "routed(regions=(8, 9), topk=5)",
+    ),
+    "sparsifiner": (
+        "sparsifiner(keep=0.1, coefficients=3, scale='heads')",
+        "sparsifiner(reduce_tokens=1, reduce_channels=1, threshold=0.5)",
+        "sparsifiner(layers=(0,))",
+    ),
     "sink_redistribution": (
         "sink_redistribution(p=0.0, rho=1.0, summ=0.0)",
         "sink_redistribution(dims=(7, 100), tau=10)",
