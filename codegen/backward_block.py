@@ -4,7 +4,7 @@ With a the weight expression's factor, w the normalised weights, p = a w what th
 
     d_weight[i,j] = d_out[i] . v[j]        d_normalised = a d_weight        c[i] = sum_j p[i,j] d_weight[i,j] = d_out[i] . out[i]
 
-the gradient of the scores is, in terms of what is known of a query (`ROW_FACTS`: lse gives `shift`, the others are read as they are)
+the gradient of the scores is, in terms of what is known of a query (`row_facts`; lse gives `shift`)
 
     softmax   w = exp(score - lse)    d_score = w (d_normalised - delta)         delta = c - d_lse
     sum       w = score share         d_score = d_normalised share - delta       delta = D' c share - d_lse / sum_j score
@@ -24,6 +24,7 @@ from functools import cached_property
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from codegen.backward_groups import group_factors, group_facts, load_group
 from codegen.kernel_reads import KernelReads, Owner
 from codegen.tensor_reads import derivative
 from codegen.triton_printer import triton_text
@@ -34,8 +35,12 @@ from rewrite.ir.operations import Attend, Normaliser
 
 LOG2_E = math.log2(math.e)
 
-# What the kernel that owns queries leaves for the one that owns keys, [B, H, Nq] float32 each.
-ROW_FACTS: Mapping[Normaliser, tuple[str, ...]] = {"softmax": ("delta",), "sum": ("delta", "share"), "none": ()}
+_ROW_FACTS: Mapping[Normaliser, tuple[str, ...]] = {"softmax": ("delta",), "sum": ("delta", "share"), "none": ()}
+
+
+def row_facts(attend: Attend) -> tuple[str, ...]:
+    """What the kernel that owns queries leaves for the one that owns keys, [B, H, Nq] float32 each."""
+    return (*_ROW_FACTS[attend.normaliser], *(() if attend.groups is None else group_facts(attend.groups)))
 
 
 def read_of(name: str, indices: Indices) -> sympy.Indexed:
@@ -43,9 +48,10 @@ def read_of(name: str, indices: Indices) -> sympy.Indexed:
     return sympy.Indexed(sympy.IndexedBase(name, real=True), *indices)
 
 
-def reads_pairs(attend: Attend) -> bool:
-    """Whether a tensor is read that changes with query and key: what `codegen.tiles.backward_tiles` asks for."""
-    return any({I, J} <= set().union(*(index.free_symbols for index in indices)) for indices in attend.tensors().values() if indices)
+def is_crowded(attend: Attend) -> bool:
+    """Whether a tile has more to hold than its scores: tensors read by pair, groups. What `codegen.tiles.backward_tiles` asks for."""
+    by_pair = ({I, J} <= set().union(*(index.free_symbols for index in indices)) for indices in attend.tensors().values() if indices)
+    return attend.groups is not None or any(by_pair)
 
 
 def reached(attend: Attend, name: str) -> bool:
@@ -100,9 +106,10 @@ class BackwardBlock:
 
     def read_before(self) -> list[str]:
         """Loads of the tensors that do not change along the walk."""
-        return self.reads.outside_loop(
-            "rows" if self.owner == "queries" else "keys", self.attend.score, self.attend.mask, self.attend.weight
-        )
+        attend = self.attend
+        lines = self.reads.outside_loop("rows" if self.owner == "queries" else "keys", attend.score, attend.mask, attend.weight)
+        group = [] if attend.groups is None or self.owner == "queries" else [load_group(attend.groups, self.reads)]
+        return [*(line.removeprefix("    ") for line in lines), *group]
 
     def scores(self) -> list[str]:
         """qk and score; where the mask hides a key it weighs nothing."""
@@ -137,23 +144,37 @@ class BackwardBlock:
 
     def factors(self) -> list[str]:
         """factor: what the weight expression multiplies by; past the end it is made of whatever its tensors read as there."""
+        groups = self.attend.groups
+        if groups is not None:
+            return [*([load_group(groups, self.reads)] if self.owner == "queries" else []), *group_factors(groups, self.reads)]
         if self.attend.weight == W:
             return []
         text = triton_text(self.factor, self.reads.inside_names)
         return [f"factor = {text}", "if CHECKED:", f"    factor = tl.where({self._edge}, factor, 0.0)"]
 
+    @property
+    def counted(self) -> str:
+        """What the values were multiplied by."""
+        return "weight" if self.attend.weight == W and self.attend.groups is None else "(weight * factor)"
+
+    def weight_gradients(self) -> list[str]:
+        """d_weight."""
+        left, right = ("d_out", "value") if self.owner == "queries" else ("value", "d_out")
+        return [f"d_weight = tl.dot({left}_tile, tl.trans({right}_tile), input_precision=PRECISION)"]
+
     def score_gradients(self) -> list[str]:
         """d_weight, d_normalised and d_score."""
         by_query, normaliser = self.reads.by_query, self.attend.normaliser
-        left, right = ("d_out", "value") if self.owner == "queries" else ("value", "d_out")
+        received = "d_weight" if self.attend.weight == W else "d_weight * factor"
+        received = received if self.attend.groups is None else "d_weight * factor + offset"
         text = {
             "softmax": f"weight * (d_normalised - delta{by_query})",
             "sum": f"d_normalised * share{by_query} - delta{by_query}",
             "none": "d_normalised",
         }
         return [
-            f"d_weight = tl.dot({left}_tile, tl.trans({right}_tile), input_precision=PRECISION)",
-            f"d_normalised = d_weight{'' if self.attend.weight == W else ' * factor'}",
+            *self.weight_gradients(),
+            f"d_normalised = {received}",
             f"d_score = {text[normaliser]}",
             *([] if normaliser == "softmax" else self._hide("d_score", "0.0")),
         ]

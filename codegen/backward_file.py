@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from codegen.backward_block import BackwardBlock, reached, reads_pairs, reason_against_gradient
+from codegen.backward_block import BackwardBlock, is_crowded, reached, reason_against_gradient
 from codegen.backward_keys import KeysKernel
 from codegen.backward_queries import QueriesKernel
 from codegen.backward_text import indented
@@ -27,25 +27,33 @@ def reason_against_backward(attend: Attend, wanted: tuple[str, ...] | None = Non
     wanted: the tensors whose gradients are asked for; every tensor that arithmetic reads if None.
     """
     reason = reason_against(attend)
-    if reason is None and attend.groups is not None:
-        reason = "its groups of keys are reweighted by masses, whose gradients take walks of their own"
     for name in attend.tensors() if wanted is None else wanted:
         if reason is None and reached(attend, name):
             reason = reason_against_gradient(attend, name)
     return reason
 
 
+_OF_GROUPS = (
+    "mass_g[i]     = sum of w[i,j] over the keys of group g",
+    "factor        = weight[g(j)], of the masses",
+    "offset[g]     = sum_f (sum of w * d_weight over the keys of group f) * d weight[f] / d mass_g",
+)
+
+
 def _equations(attend: Attend) -> list[str]:
     """What the two kernels compute, with the names that they use."""
     weight = {"softmax": "exp(score - lse)[i,j]", "sum": "score[i,j] * share[i]", "none": "score[i,j]"}[attend.normaliser]
-    factor = "" if attend.weight == W else "factor * "
+    factor = "" if attend.weight == W and attend.groups is None else "factor * "
+    groups = [] if attend.groups is None else ["", *_OF_GROUPS]
+    offset = "" if attend.groups is None else " + offset[g(j)]"
     d_score = {
-        "softmax": f"w * ({factor}d_weight - delta[i])",
+        "softmax": f"w * ({factor}d_weight{offset} - delta[i])",
         "sum": f"{factor}d_weight * share[i] - delta[i]",
         "none": f"{factor}d_weight",
     }[attend.normaliser]
+    counted = "sum_j w * (factor * d_weight + offset[g(j)])"
     delta = {
-        "softmax": ["delta[i]      = d_out[i,:] . out[i,:] - d_lse[i]"],
+        "softmax": [f"delta[i]      = {'d_out[i,:] . out[i,:]' if attend.groups is None else counted} - d_lse[i]"],
         "sum": [
             "delta[i]      = d_out[i,:] . out[i,:] * share[i] * (slope of the denominator)[i] - d_lse[i] / total[i]",
             "share[i]      = 1 / denominator[i]",
@@ -60,6 +68,7 @@ def _equations(attend: Attend) -> list[str]:
         f"d_value[j,:]  = sum_i {factor}w[i,j] * d_out[i,:]",
         "d_query[i,:]  = sum_j d_score[i,j] * slope[i,j] * key[j,:]",
         "d_key[j,:]    = sum_i d_score[i,j] * slope[i,j] * query[i,:], over the heads that share the key's",
+        *groups,
     ]
 
 
@@ -141,7 +150,7 @@ def _launch(queries: QueriesKernel, keys: KeysKernel) -> list[str]:
         "    check_gradients(out, d_out, (d_query, d_key, d_value))",
         "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
         *([f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []),
-        f"    tiles = tiles or backward_tiles(D, DV, query.element_size(), by_pair={reads_pairs(attend)})",
+        f"    tiles = tiles or backward_tiles(D, DV, query.element_size(), crowded={is_crowded(attend)})",
         *(["    lse, d_lse = lse.contiguous(), d_lse.contiguous()"] if attend.normaliser != "none" else []),
         f"    sums = GradientSums((query, key, value), tensors, READ_AT, wanted, visits_all={not queries.listed})",
         *(f"    row_{fact} = torch.empty(B, H, Nq, dtype=torch.float32, device=query.device)" for fact in queries.row_facts),

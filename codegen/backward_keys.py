@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import sympy
 
-from codegen.backward_block import LOG2_E, ROW_FACTS, BackwardBlock
+from codegen.backward_block import LOG2_E, BackwardBlock, row_facts
 from codegen.backward_text import QUERY_TILES, indented, signature, walk
 from codegen.triton_printer import triton_text
-from rewrite.ir.expression import W, letters
+from rewrite.ir.expression import letters
 from rewrite.ir.operations import Attend
 
 
@@ -23,7 +23,7 @@ class KeysKernel:
         self.block = BackwardBlock(attend, "keys")
         self.reads = self.block.reads
         self.listed = bool(self.block.static != sympy.true)
-        self.row_facts = ROW_FACTS[attend.normaliser]
+        self.row_facts = row_facts(attend)
         # Of the other tensors nothing is summed by key.
         self.gradients = {
             name: gradient for name, gradient in self.block.gradients.items() if "j" in (letters(attend.tensors()[name]) or "")
@@ -59,7 +59,6 @@ class KeysKernel:
 
     def _of_one_head(self) -> list[str]:
         block = self.block
-        counted = "weight" if self.attend.weight == W else "(weight * factor)"
         body = [
             *QUERY_TILES,
             *self._known(),
@@ -67,7 +66,7 @@ class KeysKernel:
             "",
             *block.weights(),
             *block.factors(),
-            f"d_value_tile = tl.dot({counted}.to(d_out_tile.dtype), d_out_tile, d_value_tile, input_precision=PRECISION)",
+            f"d_value_tile = tl.dot({block.counted}.to(d_out_tile.dtype), d_out_tile, d_value_tile, input_precision=PRECISION)",
             *block.score_gradients(),
             *block.dot_gradients(),
             "d_key_tile = tl.dot(d_dot.to(query_tile.dtype), query_tile, d_key_tile, input_precision=PRECISION)",
@@ -80,7 +79,7 @@ class KeysKernel:
             "row = (b * H + h) * Nq",
             "query_head = query + b * query_stride_b + h * query_stride_h",
             "d_out_head = d_out + b * d_out_stride_b + h * d_out_stride_h",
-            *(line.removeprefix("    ") for line in block.read_before()),
+            *block.read_before(),
             *(f"{gradient}_keys = tl.zeros([BLOCK_K], tl.float32)" for gradient in self.gradients.values()),
             *walk("keys", self.listed, body),
         ]

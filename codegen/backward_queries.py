@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import sympy
 
-from codegen.backward_block import LOG2_E, ROW_FACTS, BackwardBlock, read_of
+from codegen.backward_block import LOG2_E, BackwardBlock, read_of, row_facts
+from codegen.backward_groups import add_sums, group_changes, group_weights, zero_sums
 from codegen.backward_text import KEY_TILES, indented, signature, walk
 from codegen.tensor_reads import derivative
 from codegen.triton_printer import triton_text
 from rewrite.ir.expression import TOTAL, letters
-from rewrite.ir.operations import Attend
+from rewrite.ir.operations import Attend, Groups
 
 
 class QueriesKernel:
@@ -27,7 +28,7 @@ class QueriesKernel:
         self.block = BackwardBlock(attend, "queries")
         self.reads = self.block.reads
         self.listed = bool(self.block.static != sympy.true)
-        self.row_facts = ROW_FACTS[attend.normaliser]
+        self.row_facts = row_facts(attend)
 
     def by_pair(self, name: str) -> bool:
         """Whether the tensor may be read by pair, and its gradient written cell by cell."""
@@ -38,16 +39,22 @@ class QueriesKernel:
         """Whether there may be several launches: only cells of a tensor read by pair ask for it."""
         return any(self.by_pair(name) for name in self.block.gradients)
 
+    @property
+    def reads_out(self) -> bool:
+        """Whether sum_j weight d_weight is read off the output."""
+        return self.attend.normaliser != "none" and self.attend.groups is None
+
     def operands(self) -> list[str]:
         """Pointers, in order."""
-        known = {"softmax": ["out", "lse", "d_lse"], "sum": ["out", "d_lse"], "none": []}[self.attend.normaliser]
+        known = {"softmax": ["lse", "d_lse"], "sum": ["d_lse"], "none": []}[self.attend.normaliser]
+        known += ["out"] if self.reads_out else []
         listed = ["starts", "blocks"] if self.listed else []
         tensors = [*self.reads.ids.values(), *self.block.gradients.values()]
         return ["query", "key", "value", "d_out", *known, "d_query", *(f"row_{fact}" for fact in self.row_facts), *tensors, *listed]
 
     def strided(self) -> dict[str, str]:
         """Operands addressed by strides: name -> axes. The others are contiguous."""
-        out = {} if self.attend.normaliser == "none" else {"out": "bhi"}
+        out = {"out": "bhi"} if self.reads_out else {}
         return {"query": "bhi", "key": "bhj", "value": "bhj", "d_out": "bhi", **out}
 
     def sums(self) -> list[str]:
@@ -100,11 +107,11 @@ class QueriesKernel:
             "value_head = value + b * value_stride_b + (h // HEADS_PER_KEY) * value_stride_h",
             *_load_rows("query", "lanes", "in_width"),
             *_load_rows("d_out", "value_lanes", "in_value_width"),
-            *(line.removeprefix("    ") for line in block.read_before()),
+            *block.read_before(),
+            *starts,
             *self._known(),
             "",
             "d_query_tile = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)",
-            *starts,
             *self._walk(body),
             "",
             *self._end(),
@@ -123,11 +130,13 @@ class QueriesKernel:
             "counted = tl.sum(out_tile.to(tl.float32) * d_out_tile.to(tl.float32), 1)  # sum_j weight d_weight",
             "d_lse_rows = tl.load(d_lse + row + rows, mask=in_rows, other=0.0)",
         ]
+        if self.attend.groups is not None:
+            counted = [*self._of_groups(self.attend.groups), counted[-1]]
         if normaliser == "softmax":
             return [
-                *counted,
                 "lse_rows = tl.load(lse + row + rows, mask=in_rows, other=0.0)",
                 f'shift = tl.where(lse_rows == float("-inf"), 0.0, lse_rows * {LOG2_E!r})  # a row that sees no key',
+                *counted,
                 "delta = counted - d_lse_rows",
                 *self._leave(),
             ]
@@ -146,6 +155,21 @@ class QueriesKernel:
             f"delta = counted * share{times} - tl.where(row_sum > 0, d_lse_rows / tl.where(row_sum > 0, row_sum, 1.0), 0.0)",
             *self._leave(),
         ]
+
+    def _of_groups(self, groups: Groups) -> list[str]:
+        """The first walk, and what follows from it: the groups' weights, and counted."""
+        block, reads = self.block, self.reads
+        lines = [
+            "",
+            "# First walk: the masses of the groups, and what their weights receive.",
+            *zero_sums(reads),
+            *self._walk([*KEY_TILES, *block.scores(), *block.weights(), *block.weight_gradients(), *add_sums(groups, reads)]),
+            "",
+            *group_weights(groups, reads),
+        ]
+        for name, gradient in block.gradients.items():
+            lines += group_changes(groups, reads, read_of(name, self.attend.tensors()[name]), gradient)
+        return lines
 
     def _leave(self) -> list[str]:
         return [f"tl.store(row_{fact} + row + rows, {fact}, mask=in_rows)" for fact in self.row_facts]

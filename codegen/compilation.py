@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from codegen.backward_block import BackwardBlock, reads_pairs, way_of
+from codegen.backward_block import BackwardBlock, is_crowded, row_facts, way_of
 from codegen.kernel_reads import Owner, axis_names
 from codegen.launching import dot_precision
 from codegen.names import identifiers
@@ -112,9 +112,9 @@ def compile_backward(
 ) -> dict[str, CompiledKernel]:
     """Compile both backward kernels of an emitted module; see `codegen.backward_kernel.BackwardKernel.compile`."""
     _require(target, dtype)
-    tiles = backward_tiles(head_dim, value_dim, dtype.itemsize, reads_pairs(attend))
+    tiles = backward_tiles(head_dim, value_dim, dtype.itemsize, is_crowded(attend))
     types = dict.fromkeys(("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value"), dtype)
-    types |= dict.fromkeys(("lse", "d_lse", "row_delta", "row_share"), torch.float32)
+    types |= dict.fromkeys(("lse", "d_lse", *(f"row_{fact}" for fact in row_facts(attend))), torch.float32)
     found: dict[str, CompiledKernel] = {}
     owners: tuple[tuple[Owner, Tile], ...] = (("queries", tiles.queries), ("keys", tiles.keys))
     for place, (owner, tile) in enumerate(owners):

@@ -55,8 +55,8 @@ _HALF_BACKWARD: dict[int, BackwardTiles] = {
     256: BackwardTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),  # 64 queries take 128 KiB of shared memory
 }
 
-# The same where a tensor is read by pair: its tile, and the addresses of its gradient, take registers too.
-_HALF_BACKWARD_BY_PAIR: dict[int, BackwardTiles] = {
+# The same where a tile has more to hold: a tensor read by pair, the addresses of its gradient, the weights of groups.
+_HALF_BACKWARD_CROWDED: dict[int, BackwardTiles] = {
     64: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 128, 8, 2)),
     128: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
     256: BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
@@ -93,9 +93,9 @@ def tile_for(head_dim: int, value_dim: int, element_size: int, n_queries: int | 
     return tile._replace(block_q=block_q, warps=WARPS_FOR_FEW_QUERIES if block_q <= FEW_QUERIES else tile.warps)
 
 
-def backward_tiles(head_dim: int, value_dim: int, element_size: int, by_pair: bool) -> BackwardTiles:
-    """The tiles of both backward kernels for a head dim, a value dim and bytes per element; by_pair: whether a tensor is read by pair."""
-    half = _HALF_BACKWARD_BY_PAIR if by_pair else _HALF_BACKWARD
+def backward_tiles(head_dim: int, value_dim: int, element_size: int, crowded: bool) -> BackwardTiles:
+    """The tiles of both backward kernels for a head dim, a value dim and bytes per element; crowded: whether a tile has more to hold."""
+    half = _HALF_BACKWARD_CROWDED if crowded else _HALF_BACKWARD
     return _row_for(half if element_size == 2 else _SINGLE_BACKWARD, head_dim, value_dim)
 
 

@@ -11,12 +11,13 @@ from dataclasses import replace
 
 import sympy
 import torch
-from budget import environment, in_double, score_error, scores
+from budget import OPERATIONS_OF_A_GROUP_WEIGHT, environment, in_double, score_error, scores
 
 from codegen.backward_block import read_of
 from codegen.tensor_reads import derivative
+from codegen.torch_backward import attend_gradients
 from codegen.weight_form import weight_factor
-from rewrite.ir import QK, TOTAL, Attend, W
+from rewrite.ir import QK, TOTAL, Attend, Groups, W, mass
 from rewrite.ir.expression import letters
 from rewrite.ir.semantics import aligned, attend, attention_weights, evaluate_expression
 
@@ -26,10 +27,17 @@ FEW = 8
 
 
 def reference_gradients(operation: Attend, values: dict[str, torch.Tensor], d_out: torch.Tensor) -> dict[str, torch.Tensor]:
-    """In float64, of query, key, value and every tensor that the result depends on."""
+    """In float64, of query, key, value and every floating tensor.
+
+    Where a group has no keys, autograd takes nought times infinity; the torch lowering, whose slopes are symbolic, is the reference there.
+    """
     leaves = {name: value.requires_grad_() for name, value in in_double(values).items() if value.is_floating_point()}
     found = torch.autograd.grad(attend(operation, {**values, **leaves}), list(leaves.values()), d_out.double(), allow_unused=True)
-    return {name: gradient for name, gradient in zip(leaves, found, strict=True) if gradient is not None}
+    if any(part is not None and part.isnan().any() for part in found):
+        doubled = in_double(values)
+        qkv, names = (doubled["query"], doubled["key"], doubled["value"]), list(leaves)[3:]
+        found = attend_gradients(operation, (d_out.double(), torch.zeros(d_out.shape[:3])), qkv, doubled, names)
+    return {name: torch.zeros_like(leaves[name]) if part is None else part for name, part in zip(leaves, found, strict=True)}
 
 
 class GradientBudget:
@@ -45,23 +53,52 @@ class GradientBudget:
         self.heads = self.values["query"].shape[1] // self.values["key"].shape[1]
         self.d_out = d_out.double().abs()
         value = self.values["value"].abs().repeat_interleave(self.heads, 1)
-        self.weights = attention_weights(replace(operation, weight=W), self.values).abs()
+        self.weights = attention_weights(replace(operation, weight=W, groups=None), self.values).abs()
         self.known["w"] = self.weights
-        self.factor = self._filled(weight_factor(operation.weight)).abs()
         self.d_weight = self.d_out @ value.transpose(-2, -1)
-        self.d_normalised = self.factor * self.d_weight
+        # How far what weights are reweighted by may be off, relatively: a few operations on masses.
+        self.group_error = 0.0 if operation.groups is None else OPERATIONS_OF_A_GROUP_WEIGHT * self._of_scores()
+        if operation.groups is None:
+            self.factor = self._filled(weight_factor(operation.weight)).abs()
+            self.d_normalised = self.factor * self.d_weight
+        else:
+            self.factor, offset = self._groups(operation.groups)
+            self.d_normalised = self.factor * self.d_weight + offset
         self.plain_error = self._of_weights(score) + FEW * SINGLE * self.weights
-        self.weight_error = self.factor * self.plain_error + FEW * SINGLE * self.factor * self.weights
+        self.weight_error = self.factor * self.plain_error + (self.group_error + FEW * SINGLE) * self.factor * self.weights
         self.off = (value.shape[3] + FEW) * SINGLE
+        self.received_error = (self.off + self.group_error) * self.d_normalised
         n_keys = value.shape[2]
-        # c = sum_j p d_weight, from the output as it was rounded.
-        self.counted = (self.factor * self.weights * self.d_weight).sum(-1, keepdim=True)
-        self.counted_error = (self.weight_error * self.d_weight).sum(-1, keepdim=True)
-        self.counted_error = self.counted_error + (3 * self.unit + n_keys * SINGLE + self.off) * self.counted
+        # c: from the output as it was rounded, or summed up where there are groups.
+        self.counted = (self.weights * self.d_normalised).sum(-1, keepdim=True)
+        self.counted_error = (self.plain_error * self.d_normalised + self.weights * self.received_error).sum(-1, keepdim=True)
+        self.counted_error = self.counted_error + (3 * self.unit + n_keys * SINGLE) * self.counted
         self.score_gradient, self.score_gradient_error = self._through_normaliser(score)
 
     def _filled(self, expression: sympy.Basic | None, **more: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(evaluate_expression(expression, {**self.known, **more}), dtype=torch.float64).expand_as(self.dot)
+
+    def _groups(self, groups: Groups) -> tuple[torch.Tensor, torch.Tensor]:
+        """Magnitudes of what weights are multiplied by, and of what their gradients get through the masses, per pair."""
+        member = self.known[groups.membership].expand_as(self.dot)
+        for index, name in enumerate(groups.names):
+            self.known[f"mass_{name}"] = (self.weights * (member == index)).sum(-1, keepdim=True)
+        factor, offset = torch.zeros_like(self.dot), torch.zeros_like(self.dot)
+        for index, (name, weight) in enumerate(zip(groups.names, groups.weights, strict=True)):
+            chosen = (member == index) & (self.known[f"mass_{name}"] > 0)
+            factor = torch.where(chosen, self._filled(weight).abs(), factor)
+            offset = torch.where(chosen, self.through_groups(groups, mass(name)), offset)
+        return factor, offset
+
+    def through_groups(self, groups: Groups, variable: sympy.Basic) -> torch.Tensor:
+        """The magnitude of  sum_f c_f dW_f/dvariable,  [B, H, Nq, 1]."""
+        member = self.known[groups.membership].expand_as(self.dot)
+        total = torch.zeros_like(self.dot[..., :1])
+        for index, (name, weight) in enumerate(zip(groups.names, groups.weights, strict=True)):
+            received = (self.weights * self.d_weight * (member == index)).sum(-1, keepdim=True)
+            slope = self._filled(derivative(sympy.sympify(weight), variable))[..., :1].abs()
+            total = total + torch.where(self.known[f"mass_{name}"] > 0, received * slope, 0.0)
+        return total
 
     def _of_scores(self) -> float:
         """The relative error of a softmax weight that is recomputed from lse."""
@@ -95,12 +132,12 @@ class GradientBudget:
         received, counted = self.d_normalised, self.counted
         if self.operation.normaliser == "softmax":
             error = self._of_scores() * self.weights * (received + counted)
-            return self.weights * (received + counted), error + self.weights * (self.off * received + self.counted_error)
+            return self.weights * (received + counted), error + self.weights * (self.received_error + self.counted_error)
         if self.operation.normaliser == "none":
-            return received * self.seen, self.off * received * self.seen
+            return received * self.seen, self.received_error * self.seen
         share, changes, relative = self._divided(score)
         magnitude = share * (received + changes * counted) * self.seen
-        error = share * (self.off * received + changes * self.counted_error) * self.seen
+        error = share * (self.received_error + changes * self.counted_error) * self.seen
         return magnitude, error + torch.where(magnitude > 0, relative * magnitude, 0.0)
 
     def _slope(self, variable: sympy.Basic) -> torch.Tensor:
@@ -137,7 +174,7 @@ class GradientBudget:
         indices = operation.tensors()[name]
         variable = read_of(name, indices)
         magnitude, error = self._reached(sympy.sympify(derivative(operation.score, variable)))
-        by_weight = self._filled(derivative(weight_factor(operation.weight), variable)).abs()
+        by_weight = self._filled(derivative(sympy.sympify(weight_factor(operation.weight)), variable)).abs()
         magnitude = magnitude + by_weight * self.weights * self.d_weight
         error = error + by_weight * (self.off * self.weights + self.plain_error) * self.d_weight
         # Sums along each axis, one after the other.
@@ -147,6 +184,9 @@ class GradientBudget:
             size, off = self._sink()
             slope = self._filled(derivative(operation.sink, variable))[..., :1].abs()
             parts.append(slope * (off + (stages + self.unit + FEW * SINGLE) * size))
+        if operation.groups is not None:
+            size = self.through_groups(operation.groups, variable)
+            parts.append((stages + self.unit + self.off + 2 * self.group_error) * size)
         whole = aligned(operand, letters(indices) or "").shape
         total = torch.zeros(whole, dtype=torch.float64)
         for part in parts:

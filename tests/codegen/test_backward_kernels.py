@@ -27,13 +27,22 @@ from codegen.backward_sums import GradientSums
 from codegen.operator import _attend_backward_cuda
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward
-from rewrite.ir import QK, Attend, RewriteError, W, tensor
+from rewrite.ir import QK, Attend, Groups, RewriteError, W, mass, tensor
+
+
+def learned_groups() -> Attend:
+    """Groups whose weights are learned, per head and per query, some of them of the masses."""
+    first, second = (mass(name) for name in forms.NAMES[:2])
+    weights = (tensor("t", "h"), 1 + tensor("u", "bhi") * first / (first + second), sympy.Integer(0), second**2)
+    return replace(forms.empty_rows(), groups=Groups("member", forms.NAMES, weights))
+
 
 FORMS: dict[str, Attend] = {name: build() for name, build in {**ANY_SIZE, **STREAMED}.items() if has_triton_backward(build()) is None} | {
     "bias bj": forms.biased("bj"),
     "bias bhi": forms.biased("bhi"),
     "gate hj": forms.gated("hj"),
     "two biases": replace(forms.biased("hij"), score=QK / 8 + tensor("bias", "hij") + tensor("more", "bij") * tensor("t", "h")),
+    "grouped by tensors": learned_groups(),
     "bias and sink": replace(forms.sinks("h"), score=QK / 8 + tensor("t", "h") * tensor("bias", "hij")),
 }
 
