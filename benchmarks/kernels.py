@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 import attention_forms as forms
 
 from codegen import CompiledKernel, emit, emit_backward, has_triton_backward
-from codegen.backward_block import reads_pairs
+from codegen.backward_block import is_crowded
 from codegen.received_kernel import exchanged
 from codegen.tiles import Tile, backward_tiles, tile_for
 from rewrite.ir import Attend
@@ -78,7 +78,7 @@ def kernels(attend: Attend, head_dim: int, target: str) -> Iterator[tuple[str, C
     """(which, compiled, its tile) of the forward, and of both backward kernels where there are any."""
     yield "forward", emit(attend).compile(target, torch.bfloat16, head_dim), tile_for(head_dim, head_dim, 2)
     if has_triton_backward(attend) is None:
-        tiles = backward_tiles(head_dim, head_dim, 2, reads_pairs(attend))
+        tiles = backward_tiles(head_dim, head_dim, 2, is_crowded(attend))
         for owner, compiled in emit_backward(attend).compile(target, torch.bfloat16, head_dim).items():
             yield f"backward, {owner}", compiled, getattr(tiles, owner)
 
