@@ -174,7 +174,7 @@ def _convolved(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gr
     batch, heads, _, width = value.shape
     (height, breadth), edge = grid, KERNEL_SIZE // 2
     image = functional.pad(value.reshape(batch, heads, height, breadth, width), (0, 0, edge, edge, edge, edge))
-    kernel, result = weight.reshape(heads, width, KERNEL_SIZE, KERNEL_SIZE), bias.reshape(heads, 1, 1, width).expand(batch, -1, -1, -1)
+    kernel, result = weight.reshape(heads, width, KERNEL_SIZE, KERNEL_SIZE), bias.reshape(heads, 1, 1, width)
     for row in range(KERNEL_SIZE):
         for column in range(KERNEL_SIZE):
             result = result + image[:, :, row : row + height, column : column + breadth] * kernel[:, :, row, column][:, None, None]

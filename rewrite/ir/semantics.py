@@ -285,7 +285,7 @@ def sparse_map(operation: SparseMap, values: Mapping[str, torch.Tensor]) -> torc
     query, key = values[operation.query].detach(), values[operation.key].detach()
     narrow, bias, down, up = (values[name].detach() for name in (operation.weight, operation.bias, operation.down, operation.up))
     if down.shape[0] != query.shape[2]:
-        raise NotApplicableError(f"{operation.down} is for {down.shape[0]} tokens, and there are {query.shape[2]}")
+        raise NotApplicableError(f"the sparse map's parameters are for {down.shape[0]} tokens, and there are {query.shape[2]}")
     queries, keys = (functional.linear(tokens, narrow, bias) for tokens in (query, key))
     keys = (keys.transpose(-2, -1) @ down).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     shares = (operation.scale * (queries @ keys)).softmax(-1)
