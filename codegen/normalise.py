@@ -12,6 +12,7 @@ lse is what is saved beside the output: the logarithm of the softmax's denominat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from codegen.tensor_reads import derivative
 from rewrite.ir.expression import TOTAL
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import evaluate_expression
+
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ def _softmax(scores: torch.Tensor, hidden: torch.Tensor | None, sink: torch.Tens
     maximum = scores.amax(-1, keepdim=True)
     peak = maximum if sink is None else torch.maximum(maximum, sink)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
-    weights = (scores - peak).exp_()
+    # exp2 because torch's exp, which asks MKL for every digit on the CPU, takes twice as long or more.
+    weights = (scores - peak).mul_(LOG2_E).exp2_()
     total = weights.sum(-1, keepdim=True)
     if sink is not None:
         total += (sink - peak).exp()

@@ -6,7 +6,6 @@ reaches the weights as  dw = term'(w) * dresult,  and from there the operands as
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
+from codegen.normalise import LOG2_E
 from codegen.score_block import ScoreBlock, dot, linear_score, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative, read_block
 from codegen.torch_streaming import blockwise_visits
@@ -24,8 +24,6 @@ from rewrite.ir.expression import W, tensors_in
 from rewrite.ir.semantics import evaluate_expression
 from rewrite.ir.statistic import Statistic
 
-# torch's exp2 is vectorised on the CPU; its exp, which asks MKL for every digit, takes eight times as long (torch 2.13, AVX-512).
-LOG2_E = math.log2(math.e)
 # Stands for -inf where it is multiplied by log2(e).
 LOWEST = -1e38
 
