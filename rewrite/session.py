@@ -179,6 +179,7 @@ class Session:
 
         A call without visual tokens has nothing to prune; anything else that is declined now is an error where visual tokens were seen in
         an earlier graph of the call (the capture was cut between them and the layers), and a warning where the shapes of the call decide.
+        Where a pass has nothing to change in this call, nothing is lost.
         """
         promised = {site.qualified_name: site.passes for site in self.report.sites}
         astray = [site.name for site in record.program.sites if site.layout.grid is None and site.name in self.gridded]
@@ -192,7 +193,7 @@ class Session:
                 raise ModelCallError(f"in this call {miss.module} cannot run with {', '.join(promised[miss.module])}: {miss.reason}")
         lost: dict[str, list[str]] = {}
         for name, by, reason in record.program.declined:
-            if by in promised.get(name, ()):
+            if by in promised.get(name, ()) and CHANGES_NOTHING not in reason:
                 lost.setdefault(f"{by}: {reason}", []).append(name)
         blind = {site.name for site in record.program.sites if not site.layout.visual}
         merged = ACTIVE.call is not None and ACTIVE.call.merged

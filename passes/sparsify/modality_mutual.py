@@ -21,6 +21,7 @@ from sympy.logic.boolalg import Boolean
 from passes import layers as layers_
 from passes.sparsify.narrowing import reasons_against_layer
 from rewrite.ir import (
+    CHANGES_NOTHING,
     NK,
     NQ,
     QK,
@@ -80,7 +81,7 @@ class ModalityMutual(Pass):
         if "visual" not in site.operands:
             yield "which of its new tokens are visual was not found"
         if site.dims["Nq"] == 1:
-            yield "it has one query, behind which no text can follow; the pass changes nothing here"
+            yield f"it has one query, and no text behind it: the pass {CHANGES_NOTHING} here"
         for attend in site.body.attends():
             dot, _ = _parts(attend.score)
             if pairs := [name for name, places in tensors_in(dot).items() if {I, J} <= set().union(*(p.free_symbols for p in places))]:
