@@ -19,7 +19,7 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from codegen.masks import depends_on_positions_only, visible_pairs, visible_rows
+from codegen.masks import depends_on_positions_only, static_key, visible_pairs, visible_rows
 from codegen.visits import Visit, as_slice
 from codegen.weight_form import split_visits, vanishes
 from rewrite.ir.expression import NK, NQ, B, H, I, Indices, J, conjuncts, tensors_in, to_json
@@ -35,6 +35,7 @@ class ChoiceTerm:
     """A mask read as a choice of blocks: at most `most` by the tensor `name`, which is read at `indices`, the last two being blocks.
 
     near: which pairs are seen by position, whatever was chosen. rest: what else must hold of a pair whose block was chosen.
+    static: the part of the whole mask that depends on positions alone, as JSON text (`codegen.masks.static_key`).
     """
 
     name: str
@@ -42,6 +43,7 @@ class ChoiceTerm:
     indices: Indices
     near: Boolean
     rest: Boolean
+    static: str
 
 
 def _only_adds(predicate: sympy.Basic, part: sympy.Basic) -> bool:
@@ -69,17 +71,17 @@ def choice_term(attend: Attend) -> ChoiceTerm | None:
     elsewhere = name in tensors_in(rest, *attend.expressions())
     if elsewhere or not depends_on_positions_only(near) or not _only_adds(term, chosen[0]):
         return None
-    return ChoiceTerm(name, attend.choice.most, indices, near, rest)
+    return ChoiceTerm(name, attend.choice.most, indices, near, rest, static_key(attend.mask))
 
 
 @dataclass(frozen=True)
 class BlockPlan:
     """Queries and keys by block; the same for every call of these sizes.
 
-    everywhere: the visits of queries that see every key by position. common: the keys [c] that all other queries see by position.
-    blocks: numbers of the blocks [nb] that have any of these other queries; rows: their positions [nb, n]. columns: the positions of the
-    keys beside the common ones, [blocks of keys, m]. Shorter blocks are filled up with a position that `row_taken`, `column_taken` (bool,
-    of the same shape) are False for; None where all blocks are equally long.
+    everywhere: the visits of queries that see every key whatever is chosen, but for what else the mask says. common: the keys [c] that all
+    other queries see by position. blocks: numbers of the blocks [nb] that have any of these other queries; rows: their positions [nb, n].
+    columns: the positions of the keys beside the common ones, [blocks of keys, m]. Shorter blocks are filled up with a position that
+    `row_taken`, `column_taken` (bool, of the same shape) are False for; None where all blocks are equally long.
     """
 
     everywhere: tuple[Visit, ...]
@@ -127,6 +129,12 @@ def _seen_by_position(near: Boolean, n_queries: int, n_keys: int) -> tuple[torch
     return everywhere, common if found is None else found
 
 
+def _whole_visits(static: str, queries: torch.Tensor, sizes: tuple[int, int], device: torch.device) -> tuple[Visit, ...]:
+    """Some of the queries with every key, as far as the static mask lets them."""
+    chunks = visible_rows(static, *sizes, order=queries) if len(queries) else ()
+    return tuple(Visit(as_slice(rows, device), slice(0, sizes[1]), None if bool(seen.all()) else seen.to(device)) for rows, seen in chunks)
+
+
 @lru_cache(maxsize=128)
 def block_plan(term: ChoiceTerm, sizes: tuple[int, int], blocks: tuple[int, int] | None, device: torch.device) -> BlockPlan | None:
     """The plan for sizes (Nq, Nk) and a tensor of so many blocks of queries and of keys, None being as many as there are.
@@ -145,7 +153,7 @@ def block_plan(term: ChoiceTerm, sizes: tuple[int, int], blocks: tuple[int, int]
     used = torch.bincount(row_place[others], minlength=n_blocks[0]).nonzero().flatten()
     row_taken = None if row_taken is None or bool(row_taken[used].all()) else row_taken[used].to(device)
     plan = BlockPlan(
-        (Visit(as_slice(everywhere, device), slice(0, n_keys), None),) if len(everywhere) else (),
+        _whole_visits(term.static, everywhere, sizes, device),
         seen[1].nonzero().flatten().to(device),
         used.to(device),
         rows[used].to(device),

@@ -24,6 +24,11 @@ def masked(axes: str) -> Attend:
     return replace(plain(), mask=sympy.Ne(tensor("mask", axes), 0))
 
 
+def masked_by_block() -> Attend:
+    """A mask of blocks, as methods that choose them from the data have it."""
+    return replace(plain(), mask=sympy.Ne(read("mask", B, sympy.floor(I / 5), sympy.floor(J / 9)), 0))
+
+
 def causal() -> Attend:
     return replace(plain(), mask=sympy.Le(J, I + (NK - NQ)))
 

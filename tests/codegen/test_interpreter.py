@@ -23,6 +23,7 @@ ANY_SIZE: dict[str, Callable[[], Attend]] = {
     "plain": forms.plain,
     **{f"bias {axes}": (lambda axes=axes: forms.biased(axes)) for axes in ("hij", "bhij", "ij", "bij")},
     **{f"mask {axes}": (lambda axes=axes: forms.masked(axes)) for axes in ("bij", "bhij")},
+    "mask of blocks": forms.masked_by_block,
     "causal": forms.causal,
     "softcap": forms.softcap,
     "empty rows": forms.empty_rows,
