@@ -20,10 +20,10 @@ from rewrite.lower.program import Allowed, Extra, Produced, ProgramLowering
 from rewrite.names import Names
 from rewrite.notes import Note
 from rewrite.recognise.flex import is_flex_attention
-from rewrite.recognise.functional import writes
 from rewrite.recognise.operators import module_path
 from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.sites import Recognition, recognise
+from rewrite.recognise.writes import writes
 from rewrite.tokens.layout import PatchEmbedding, patch_grid
 from rewrite.tokens.visual import visual_merges
 

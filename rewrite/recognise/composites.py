@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from rewrite.recognise import composite_forms as forms
 from rewrite.recognise.composite_forms import Form, UncoveredError
-from rewrite.recognise.functional import written_by
 from rewrite.recognise.operators import canonical, hint, hinted_shape, spelled, value_of
+from rewrite.recognise.writes import written_by
 
 # How much more than float32's scaled error may be seen: the two run through different kernels, which sum in other orders.
 _SLACK = 64.0

@@ -11,9 +11,9 @@ from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_incremen
 
 from rewrite.ir.expression import conjuncts, tensors_in
 from rewrite.ir.semantics import all_positions, evaluate_expression, positions, read_at
-from rewrite.recognise.functional import written_by
 from rewrite.recognise.operators import canonical, hint, hinted_shape, value_of
 from rewrite.recognise.region import Region
+from rewrite.recognise.writes import written_by
 
 # A mask is made of positions, comparisons and lookups; a subgraph with one of these computes with activations and is no mask.
 _COMPUTES = frozenset({"linear", "conv", "matmul", "einsum", "baddbmm", "softmax", "attention", "layer_norm"})

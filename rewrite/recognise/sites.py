@@ -13,7 +13,7 @@ from rewrite.ir.operations import Body
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site, TokenLayout
 from rewrite.recognise.composites import expand_composites
-from rewrite.recognise.functional import forwarded_writes, overwritten, remaining_writes
+from rewrite.recognise.functional import forwarded_writes
 from rewrite.recognise.masks import hides_later
 from rewrite.recognise.open_masks import drop_open_masks
 from rewrite.recognise.operators import hinted_shape, module_path
@@ -21,6 +21,7 @@ from rewrite.recognise.region import Region
 from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.streams import cache_entries, reaches, residual_stream, self_source
 from rewrite.recognise.verify import structure, verify
+from rewrite.recognise.writes import overwritten, remaining_writes
 from rewrite.tokens import layout as tokens
 from rewrite.tokens.layout import TokenLayouts
 from rewrite.tokens.visual import VisualMerge, visual_merges

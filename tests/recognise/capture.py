@@ -11,10 +11,10 @@ from torch import Tensor, fx, nn
 import codegen  # noqa: F401  registers the attention operator that a lowered site calls
 from rewrite.engine import copy_graph
 from rewrite.lower.lowering import lower_site
-from rewrite.recognise.functional import writes
 from rewrite.recognise.operators import canonical
 from rewrite.recognise.sites import Recognition, recognise
 from rewrite.recognise.verify import verify
+from rewrite.recognise.writes import writes
 
 
 @dataclass

@@ -12,9 +12,9 @@ from capture import Capture, relowered
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from rewrite.recognise.functional import overwritten, remaining_writes
 from rewrite.recognise.regions import find_regions
 from rewrite.recognise.verify import structure
+from rewrite.recognise.writes import overwritten, remaining_writes
 
 B, H, N, D = 2, 4, 7, 8
 SCALE = "0.353553390593274*qk"

@@ -11,9 +11,10 @@ from spellings import SCALE, Attention, H, N, x
 from torch import Tensor, fx
 
 from rewrite.engine import copy_graph
-from rewrite.recognise.functional import forwarded_writes, overwritten, remaining_writes, writes
+from rewrite.recognise.functional import forwarded_writes
 from rewrite.recognise.regions import find_regions
 from rewrite.recognise.verify import verify
+from rewrite.recognise.writes import overwritten, remaining_writes, writes
 
 
 def captured(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> fx.GraphModule:
