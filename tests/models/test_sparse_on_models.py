@@ -15,7 +15,7 @@ from tests.models.oracles import attention_replaced_by, by_reference, plain
 from tests.models.test_passes_on_models import agrees, recognised_sites
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
-GRIDS = ("window(window=40)", "halo(block=4, halo=2)", "grid(size=7)", "neighborhood(window=5, stride=3, causal=(True, False))")
+GRIDS = ("halo(block=4, halo=2)", "grid(size=7)", "neighborhood(window=5, stride=3, causal=(True, False))")
 
 
 @pytest.mark.parametrize("text", GRIDS)

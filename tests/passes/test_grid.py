@@ -25,7 +25,7 @@ def partitioned(grid: tuple[int, int], size: int, kind: str) -> list[set[int]]:
     return [set(part.tolist()) for part in parts.reshape(-1, size * size)]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 3), st.sampled_from(("block", "grid")), st.sampled_from((0, 1, 5)))
 def test_parts(size: int, down: int, across: int, kind: str, prefix: int) -> None:
     grid = (size * down, size * across)

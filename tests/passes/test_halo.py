@@ -14,7 +14,7 @@ from passes import Halo
 from rewrite.ir import PassError, Program
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.tuples(st.integers(1, 9), st.integers(2, 9)), st.integers(1, 8), st.integers(0, 5), st.sampled_from((0, 1, 4)))
 def test_blocks_and_their_halos(grid: tuple[int, int], block: int, halo: int, prefix: int) -> None:
     height, width = grid

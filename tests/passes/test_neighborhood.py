@@ -50,7 +50,7 @@ def axes(draw: st.DrawFn, most: int = 24) -> tuple[int, int, int, int]:
     return length, window, draw(st.integers(1, length // window)), draw(st.integers(1, window))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(axes(), st.integers(0, 3), st.booleans())
 def test_windows_along_a_sequence(axis: tuple[int, int, int, int], prefix: int, causal: bool) -> None:
     length, *sizes = axis
@@ -63,7 +63,7 @@ def test_windows_along_a_sequence(axis: tuple[int, int, int, int], prefix: int, 
         assert set((mask[prefix + query, prefix:]).nonzero().flatten().tolist()) == keys
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(axes(), st.integers(0, 3), st.booleans(), st.data())
 def test_causal_sites_with_and_without_a_cache(axis: tuple[int, int, int, int], prefix: int, asked: bool, data: st.DataObject) -> None:
     length, *sizes = axis
@@ -75,7 +75,7 @@ def test_causal_sites_with_and_without_a_cache(axis: tuple[int, int, int, int], 
         assert set(mask[query].nonzero().flatten().tolist()) == expected
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.tuples(axes(6), st.booleans()), min_size=2, max_size=3), st.sampled_from((0, 1, 5)))
 def test_windows_on_a_grid(along: list[tuple[tuple[int, int, int, int], bool]], prefix: int) -> None:
     grid = tuple(axis[0] for axis, _ in along)
