@@ -263,6 +263,13 @@ def test_what_cannot_be_gathered_is_right_all_the_same(form: str) -> None:
     torch.testing.assert_close(run(operation, values), semantics.attend(operation, values), rtol=1e-10, atol=1e-10)
 
 
+def test_a_choice_of_other_axes_is_not_gathered() -> None:
+    for lead in ((H, B), (sympy.Integer(0),), (I,)):
+        mask = sympy.Ne(read("choice", *lead, sympy.floor(I / ROWS), sympy.floor(J / COLUMNS)), 0)
+        assert choice_term(replace(blocks(), mask=mask)) is None
+    assert choice_term(replace(blocks(), mask=sympy.Ne(tensor("choice", "j"), 0))) is None
+
+
 def test_pairs_are_counted_as_they_are_computed() -> None:
     operation, shape = FORMS["prefix"]
     values = operands(operation, shape)
