@@ -58,6 +58,9 @@ class ModalityMutual(Pass):
     A causal mask that the model built as a tensor hides more than what is later, padding for one. So a visual query i is shown the later
     text j where the site's own mask lets j see itself (it is no padding) and lets j see i (they belong together), and what an additive mask
     or bias gives the pair is what it gives it the other way round.
+
+    All that a call brings counts as prompt. A call that holds the answer too, as training with labels and the scoring of continuations do,
+    lets the answer leak to itself through the image: use the pass on prompts alone.
     """
 
     name = "modality_mutual"

@@ -149,3 +149,17 @@ def test_the_reference_agrees_on_every_synthetic_site() -> None:
         shown, program = example(SITES[name]), applied(ModalityMutual(), name)
         assert program.touched, name
         torch.testing.assert_close(shown.output(program, {}), ModalityMutual().reference(shown.inputs({})))
+
+
+def test_an_additive_mask_keeps_what_it_adds_besides_hiding() -> None:
+    """A bias by distance: the unlocked pair gets what the pair has the other way round, and no other pair changes."""
+    made, operands = case("additive", causal_and_padded("left")[:1].repeat(BATCH, 1, 1))
+    place = torch.arange(TOKENS, dtype=torch.float64)
+    operands["added"] = operands["added"] - 0.5 * (place[:, None] - place).abs()
+    (changed,) = ModalityMutual().apply(Program((made,))).sites
+    values = dict(operands)
+    for operation in changed.body.operations[:-1]:
+        evaluate_operation(operation, values)
+    dots = float(SCALE) * operands["query"] @ operands["key"].transpose(-2, -1) - 0.5 * (place[:, None] - place).abs()
+    mask = expected(causal_and_padded("left")[:1].repeat(BATCH, 1, 1))[:, None]
+    torch.testing.assert_close(attention_weights(changed.attend, values), dots.masked_fill(~mask, -torch.inf).softmax(-1))
