@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "codegen"))
 
 import attention_forms as forms
 
+from codegen import TARGETS as CAPABILITIES
 from codegen import CompiledKernel, emit, emit_backward, has_triton_backward
 from codegen.backward_block import is_crowded
 from codegen.received_kernel import exchanged
@@ -78,7 +79,7 @@ def kernels(attend: Attend, head_dim: int, target: str) -> Iterator[tuple[str, C
     """(which, compiled, its tile) of the forward, and of both backward kernels where there are any."""
     yield "forward", emit(attend).compile(target, torch.bfloat16, head_dim), tile_for(head_dim, head_dim, 2)
     if has_triton_backward(attend) is None:
-        tiles = backward_tiles(head_dim, head_dim, 2, is_crowded(attend))
+        tiles = backward_tiles(head_dim, head_dim, 2, is_crowded(attend), CAPABILITIES[target])
         for owner, compiled in emit_backward(attend).compile(target, torch.bfloat16, head_dim).items():
             yield f"backward, {owner}", compiled, getattr(tiles, owner)
 

@@ -150,7 +150,7 @@ def _launch(queries: QueriesKernel, keys: KeysKernel) -> list[str]:
         "    check_gradients(out, d_out, (d_query, d_key, d_value))",
         "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
         *([f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []),
-        f"    tiles = tiles or backward_tiles(D, DV, query.element_size(), crowded={is_crowded(attend)})",
+        f"    tiles = tiles or backward_tiles(D, DV, query.element_size(), {is_crowded(attend)}, capability(query.device))",
         *(["    lse, d_lse = lse.contiguous(), d_lse.contiguous()"] if attend.normaliser != "none" else []),
         f"    sums = GradientSums((query, key, value), tensors, READ_AT, wanted, visits_all={not queries.listed})",
         *(f"    row_{fact} = torch.empty(B, H, Nq, dtype=torch.float32, device=query.device)" for fact in queries.row_facts),
@@ -173,8 +173,18 @@ def backward_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[s
     lists = ["block_list"] if queries.listed else []
     strides = ["broadcast_strides"] if queries.reads.ids else []
     transposed = ["transposed_block_list"] if queries.listed else []
-    needed = ["GradientSums", "backward_tiles", *lists, *strides, "check_gradients", "check_launch", "dot_precision", "power_of_two"]
+    needed = [
+        "GradientSums",
+        "backward_tiles",
+        *lists,
+        "capability",
+        *strides,
+        "check_gradients",
+        "check_launch",
+        "dot_precision",
+        "power_of_two",
+    ]
     imports = ["import torch", "import triton", "import triton.language as tl", "from codegen.backward_launching import ("]
-    imports += [*(f"    {name}," for name in [*needed, *transposed]), ")"]
+    imports += [*(f"    {name}," for name in [*needed, "power_of_two", *transposed]), ")"]
     header = _header(name, queries.block, sites, passes)
     return "\n".join([*header, *imports, "", "", *queries.lines(), "", "", *keys.lines(), "", "", *_launch(queries, keys), ""])

@@ -16,12 +16,25 @@ __all__ = [
     "backward_tiles",
     "block_list",
     "broadcast_strides",
+    "capability",
     "check_gradients",
     "check_launch",
     "dot_precision",
     "power_of_two",
     "transposed_block_list",
 ]
+
+
+# Where Triton interprets, on a CPU, any tile will do; this is the one that kernels are compiled for by default.
+_INTERPRETED = 90
+
+
+def capability(device: torch.device) -> int:
+    """Of a CUDA device, 90 for sm_90 and so on."""
+    if device.type != "cuda":
+        return _INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def check_gradients(out: torch.Tensor, d_out: torch.Tensor, given: tuple[torch.Tensor, ...]) -> None:

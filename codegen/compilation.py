@@ -112,7 +112,7 @@ def compile_backward(
 ) -> dict[str, CompiledKernel]:
     """Compile both backward kernels of an emitted module; see `codegen.backward_kernel.BackwardKernel.compile`."""
     _require(target, dtype)
-    tiles = backward_tiles(head_dim, value_dim, dtype.itemsize, is_crowded(attend))
+    tiles = backward_tiles(head_dim, value_dim, dtype.itemsize, is_crowded(attend), TARGETS[target])
     types = dict.fromkeys(("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value"), dtype)
     types |= dict.fromkeys(("lse", "d_lse", *(f"row_{fact}" for fact in row_facts(attend))), torch.float32)
     found: dict[str, CompiledKernel] = {}

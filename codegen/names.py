@@ -15,7 +15,7 @@ _SKELETON_NAMES = """
     d_out d_lse d_query d_key d_value row_delta row_share wanted tiles sums delta counted d_sink d_dot d_score d_weight d_normalised
     d_out_rows d_query_rows d_key_rows d_value_rows d_lse_rows lse_rows d_out_tile out_tile d_query_tile d_key_tile d_value_tile
     query_head key_head value_head d_out_head hk row keys turn heads turn_b turn_h TURNS_B TURNS_H member inside cells shared
-    offset of_group again change GradientSums backward_tiles transposed_block_list torch READ_AT
+    capability offset of_group again change GradientSums backward_tiles transposed_block_list torch READ_AT
 """
 
 # The names that the skeleton uses itself.

@@ -47,20 +47,39 @@ class BackwardTiles(NamedTuple):
     keys: Tile
 
 
-# The backward kernels hold one accumulator or two and two score tiles: shorter blocks than forward. Where keys are owned, few queries are
-# walked over at a time.
-_HALF_BACKWARD: dict[int, BackwardTiles] = {
-    64: BackwardTiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
-    128: BackwardTiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),
-    256: BackwardTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),  # 64 queries take 128 KiB of shared memory
+# The backward kernels hold one accumulator or two and two score tiles. Compute capability, from which on -> head width -> tiles. On sm_90 a
+# product takes 64 rows per four warps, and it is the block that a program owns that gives them: fewer, and warps share the columns and
+# repeat each other's work.
+_HALF_BACKWARD: dict[int, dict[int, BackwardTiles]] = {
+    80: {
+        64: BackwardTiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        128: BackwardTiles(Tile(128, 32, 8, 2), Tile(32, 64, 8, 2)),  # 128 keys spill
+        256: BackwardTiles(Tile(32, 32, 8, 2), Tile(32, 32, 8, 1)),
+    },
+    90: {
+        64: BackwardTiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        128: BackwardTiles(Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
+        256: BackwardTiles(Tile(64, 32, 8, 2), Tile(32, 32, 8, 1)),
+    },
 }
 
 # The same where a tile has more to hold: a tensor read by pair, the addresses of its gradient, the weights of groups.
-_HALF_BACKWARD_CROWDED: dict[int, BackwardTiles] = {
-    64: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 128, 8, 2)),
-    128: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
-    256: BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+_HALF_BACKWARD_CROWDED: dict[int, dict[int, BackwardTiles]] = {
+    80: {
+        64: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 128, 8, 2)),
+        128: BackwardTiles(Tile(64, 32, 8, 2), Tile(16, 64, 8, 2)),
+        256: BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    90: {
+        64: BackwardTiles(Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+        128: BackwardTiles(Tile(128, 32, 8, 2), Tile(16, 128, 8, 2)),
+        256: BackwardTiles(Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
 }
+
+# sm_120 has no more shared memory than sm_86.
+for _table in (_HALF_BACKWARD, _HALF_BACKWARD_CROWDED):
+    _table[120] = _table[80]
 
 _SINGLE_BACKWARD: dict[int, BackwardTiles] = {
     64: BackwardTiles(Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
@@ -93,10 +112,15 @@ def tile_for(head_dim: int, value_dim: int, element_size: int, n_queries: int | 
     return tile._replace(block_q=block_q, warps=WARPS_FOR_FEW_QUERIES if block_q <= FEW_QUERIES else tile.warps)
 
 
-def backward_tiles(head_dim: int, value_dim: int, element_size: int, crowded: bool) -> BackwardTiles:
-    """The tiles of both backward kernels for a head dim, a value dim and bytes per element; crowded: whether a tile has more to hold."""
-    half = _HALF_BACKWARD_CROWDED if crowded else _HALF_BACKWARD
-    return _row_for(half if element_size == 2 else _SINGLE_BACKWARD, head_dim, value_dim)
+def backward_tiles(head_dim: int, value_dim: int, element_size: int, crowded: bool, capability: int) -> BackwardTiles:
+    """The tiles of both backward kernels for a head dim, a value dim and bytes per element.
+
+    crowded: whether a tile has more to hold than its scores. capability: of the device, 80 for sm_80 and so on.
+    """
+    if element_size != 2:
+        return _row_for(_SINGLE_BACKWARD, head_dim, value_dim)
+    tables = _HALF_BACKWARD_CROWDED if crowded else _HALF_BACKWARD
+    return _row_for(tables[max(first for first in tables if first <= max(capability, min(tables)))], head_dim, value_dim)
 
 
 def _row_for(table: Mapping[int, Row], head_dim: int, value_dim: int) -> Row:

@@ -46,7 +46,16 @@ FORMS: dict[str, Attend] = {name: build() for name, build in {**ANY_SIZE, **STRE
     "bias and sink": replace(forms.sinks("h"), score=QK / 8 + tensor("t", "h") * tensor("bias", "hij")),
 }
 
-few = settings(max_examples=2, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+few = settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+
+# One case per form, in turn; hypothesis draws others. Each: the shape, the dtype, whether tensors are the same for every batch and head.
+CASES = (
+    (Shape(2, 4, 2, 37, 19, 16, 24), torch.float32, False),
+    (Shape(2, 2, 1, 19, 37, 40, 40), torch.float32, True),
+    (Shape(1, 2, 2, 33, 48, 8, 8), torch.bfloat16, False),
+    (Shape(3, 2, 1, 17, 17, 80, 16), torch.float32, False),
+    (Shape(1, 4, 2, 19, 37, 64, 64), torch.float16, True),
+)
 
 
 @pytest.fixture(scope="module")
@@ -104,10 +113,14 @@ def check(interpreter: ProcessPoolExecutor, attend: Attend, shape: Shape, dtype:
             assert (gradient.double() - reference[name]).norm() <= BESIDE_THE_LOWERING * allowed, name
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("form", "case"), [(form, CASES[place % len(CASES)]) for place, form in enumerate(FORMS)])
+def test_form(interpreter: ProcessPoolExecutor, form: str, case: tuple[Shape, torch.dtype, bool]) -> None:
+    check(interpreter, FORMS[form], *case)
+
+
 @few
-@given(shape=shapes(), dtype=st.sampled_from(DTYPES), broadcast=st.booleans())
-def test_form(interpreter: ProcessPoolExecutor, form: str, shape: Shape, dtype: torch.dtype, broadcast: bool) -> None:
+@given(form=st.sampled_from(list(FORMS)), shape=shapes(), dtype=st.sampled_from(DTYPES), broadcast=st.booleans())
+def test_any_form_at_any_shape(interpreter: ProcessPoolExecutor, form: str, shape: Shape, dtype: torch.dtype, broadcast: bool) -> None:
     check(interpreter, FORMS[form], shape, dtype, broadcast)
 
 
@@ -244,19 +257,21 @@ def test_names_from_a_model_do_not_meet_the_kernels_own() -> None:
     compile(kernel.source, "kernel", "exec")
 
 
-@pytest.mark.parametrize("form", ["causal", "bias hij"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("form", "head_dim"), [("causal", 128), ("bias hij", 64)])
 def test_nothing_spills(form: str, head_dim: int) -> None:
     compiled = emit_backward(FORMS[form]).compile("sm_90", torch.bfloat16, head_dim)
     assert compiled.keys() == {"queries", "keys"}
     for kernel in compiled.values():
         assert 0 < kernel.registers <= 255
         assert kernel.spills == 0
-        assert 0 < kernel.shared_memory <= 99 * 1024
+        # What sm_90 gives a program.
+        assert 0 < kernel.shared_memory <= 227 * 1024
         assert "wgmma" in kernel.ptx
 
 
-@pytest.mark.parametrize("form", ["gated bhij", "linear", "bias and sink"])
+@pytest.mark.parametrize("form", ["bias and sink", "grouped"])
 def test_other_forms_compile(form: str) -> None:
     for kernel in emit_backward(FORMS[form]).compile("sm_80", torch.float16, 80, value_dim=96).values():
-        assert kernel.registers > 0
+        assert kernel.spills == 0
+        # What sm_86 and sm_89 give, which take the same tiles.
+        assert 0 < kernel.shared_memory <= 99 * 1024
