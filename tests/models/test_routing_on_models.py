@@ -12,6 +12,7 @@ from rewrite import Pass, parse_pass, rewrite
 from rewrite.ir import NotApplicableError
 from tests.models.architectures import call, images, outputs, rewritten, same_gradients, timm_model
 from tests.models.oracles import attention_replaced_by, by_reference
+from tests.models.test_cost import counted
 from tests.models.test_passes_on_models import agrees, recognised_sites
 
 LAYERS = 2
@@ -55,6 +56,7 @@ def test_pass_equals_its_reference(text: str, implementation: str) -> None:
     actual = call(changed, inputs)
     agrees(actual, expected, LAYERS)
     assert any((got - was).abs().max() > 1e-3 * was.abs().max() for got, was in zip(actual, call(model, inputs), strict=True))
+    assert 2 * changed.rewrite_report.total_after.multiply_adds == pytest.approx(counted(changed, inputs), rel=0.01)
 
 
 @pytest.mark.parametrize("text", [LEPE, SPARSE])
