@@ -7,7 +7,8 @@ mean query of region r and the mean key of region s, over all channels of all he
     out[i]     =  sum_j softmax_j(score[i,j]) v[j]     over the tokens j of the regions in routes(region of i)
     out[i]    +=  DWC(v)[i]                            LePE, a depthwise 5 x 5 convolution, where it is asked for
 
-The released code scales by the width of all heads together, "to be consistent with old models"; here the site keeps its own scale.
+The released code scales scores by the width of all heads together, "to be consistent with old models" (scale="all"); a site keeps its own
+scale otherwise.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from passes import layers as layers_
 from passes.sparsify import grid_axis
 from passes.sparsify.narrowing import attended, with_global_tokens
 from rewrite.ir import (
+    QK,
     Attend,
     AttentionInputs,
     B,
@@ -68,6 +70,7 @@ class Routed(Pass):
 
     regions: int | tuple[int, int] = parameter(7, "regions along each axis of the grid, one number or (rows, columns)")
     topk: int | Literal["all"] = parameter(4, 'regions that a region attends to; "all" changes nothing')
+    scale: Literal["site", "all"] = parameter("site", 'scale of the scores; "all" divides the site\'s by the root of its number of heads')
     lepe: bool = parameter(False, "add the paper's depthwise convolution of the values as parameters, zero at first")
     layers: tuple[int, ...] | None = parameter(None, "the layers of each stack to work on; None is every layer")
 
@@ -100,6 +103,9 @@ class Routed(Pass):
                 yield f"the {length} {axis} of its grid {'x'.join(map(str, grid))} cannot be cut into {count} equal regions"
         if site.attend.choice is not None:
             yield f"an earlier pass chooses its keys by {site.attend.choice.tensor}"
+        rest = sympy.expand(site.attend.score) - site.scale * QK
+        if self.scale == "all" and (not site.scale.is_number or rest.has(QK)):
+            yield f'scale="all" is of a score that is a number times qk and a rest, and its score is {site.attend.score}'
         if self.lepe and site.dims["Hkv"] != site.dims["H"]:
             yield f"lepe=True convolves the values of each head, and its {site.dims['H']} heads share {site.dims['Hkv']} of them"
 
@@ -108,6 +114,9 @@ class Routed(Pass):
         if grid is None:
             return site
         operations = list(site.body.operations)
+        if self.scale == "all":
+            wider = {QK: QK * float(site.dims["H"] ** -0.5)}
+            operations = [replace(each, score=each.score.xreplace(wider)) if isinstance(each, Attend) else each for each in operations]
         if isinstance(self.topk, int) and self.topk < math.prod(self._counts):
             seen, choice = self.predicate(grid, prefix), BlockChoice(ROUTES, self.topk)
             operations = [
@@ -146,6 +155,9 @@ class Routed(Pass):
         seen = torch.ones(attention.logits.shape[0], 1, tokens, keys, dtype=torch.bool)
         if isinstance(self.topk, int) and grid is not None:
             seen = self._seen(attention.query, attention.key, grid, site.layout.prefix)
+        if self.scale == "all":
+            own = float(site.scale) * attention.query @ attention.key.transpose(-2, -1)
+            attention = replace(attention, logits=attention.logits - own + own / math.sqrt(site.dims["H"]))
         output = attended(attention, seen)
         if self.lepe and grid is not None:
             added, prefix = attention.parameters, site.layout.prefix

@@ -67,7 +67,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "routed(regions=(4, 3), topk=1, layers=(3,))",
         "routed(regions=1, topk=1, lepe=True)",
         "routed(regions=(4, 3), topk=3, lepe=True)",
-        "routed(regions=(8, 9), topk=5)",
+        "routed(regions=(8, 9), topk=5, scale='all')",
     ),
     "sparsifiner": (
         "sparsifiner(keep=0.1, coefficients=3, scale='heads')",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from synthetic_sites import SITES, example, site
 
 from passes import Agent, Neighborhood, Routed
-from rewrite.ir import BlockChoice, PassError, Program, RegionRoutes, Site, TokenLayout
+from rewrite.ir import QK, BlockChoice, PassError, Program, RegionRoutes, Site, TokenLayout
 from rewrite.ir.semantics import evaluate_expression, positions, read_at, region_routes
 
 
@@ -32,6 +32,7 @@ def routed(setting: Routed, case: Site) -> Site:
         (Routed(regions=7), site(49, layout=TokenLayout((14, 14), window=(7, 7))), "it attends in windows of 7x7"),
         (Routed(regions=(2, 3), layers=(0, 1)), SITES["grid"], "it is layer 3, and layers=(0, 1)"),
         (Routed(regions=(2, 3), lepe=True), SITES["grid, shared heads"], "its 4 heads share 2"),
+        (Routed(regions=(2, 3), scale="all"), site(72, (8, 9), score=QK**2), "its score is qk**2"),
         (Routed(regions=(2, 3), topk=6), SITES["grid"], "changes nothing"),
     ],
 )
