@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rewrite.ir import semantics
+from rewrite.ir import site_operations
 from rewrite.ir.operations import (
     DepthwiseConv,
     GridBias,
@@ -23,13 +23,13 @@ from rewrite.ir.operations import (
 
 def pool(source: torch.Tensor, grid: tuple[int, ...], size: tuple[int, ...], prefix: int) -> torch.Tensor:
     """Adaptive average pooling of tokens on a grid; see `Pool`."""
-    return semantics.pool(Pool("", "source", tuple(grid), tuple(size), prefix), {"source": source})
+    return site_operations.pool(Pool("", "source", tuple(grid), tuple(size), prefix), {"source": source})
 
 
 def depthwise_conv(source: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, grid: tuple[int, int], prefix: int) -> torch.Tensor:
     """Depthwise convolution of tokens as an image; see `DepthwiseConv`."""
     operation = DepthwiseConv("", "source", "weight", "bias", (grid[0], grid[1]), prefix)
-    return semantics.depthwise_conv(operation, {"source": source, "weight": weight, "bias": bias})
+    return site_operations.depthwise_conv(operation, {"source": source, "weight": weight, "bias": bias})
 
 
 def grid_bias(
@@ -45,7 +45,7 @@ def grid_bias(
     if prefix is not None:
         values["prefix"] = prefix
     operation = GridBias("", "table", "rows", "columns", None if prefix is None else "prefix", (grid[0], grid[1]), transposed)
-    return semantics.grid_bias(operation, values)
+    return site_operations.grid_bias(operation, values)
 
 
 def sink_groups(
@@ -58,18 +58,18 @@ def sink_groups(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Groups of keys for visual attention sinks, which queries they act on, and the number of visual tokens; see `SinkGroups`."""
     operation = SinkGroups("", "", "", "hidden", "visual", tuple(dims), threshold, epsilon)
-    return semantics.sink_groups(operation, {"hidden": hidden, "visual": visual}, cached)
+    return site_operations.sink_groups(operation, {"hidden": hidden, "visual": visual}, cached)
 
 
 def visual_groups(visual: torch.Tensor, cached: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Which keys are visual, and which queries come after them; see `VisualGroups`."""
-    return semantics.visual_groups(VisualGroups("", "", "visual"), {"visual": visual}, cached)
+    return site_operations.visual_groups(VisualGroups("", "", "visual"), {"visual": visual}, cached)
 
 
 def received_sinks(received: torch.Tensor, query: torch.Tensor, threshold: float, heads: tuple[int, ...] | None) -> torch.Tensor:
     """Which keys of a prompt draw attention, by head; see `ReceivedSinks`."""
     operation = ReceivedSinks("", "received", "query", threshold, None if heads is None else tuple(heads))
-    return semantics.received_sinks(operation, {"received": received, "query": query})
+    return site_operations.received_sinks(operation, {"received": received, "query": query})
 
 
 def kept_sinks(cached: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def kept_sinks(cached: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
 def reinforce_heads(output: torch.Tensor, without: torch.Tensor, active: torch.Tensor, heads: int, factor: float) -> torch.Tensor:
     """The heads that look at the image most, scaled; see `ReinforceHeads`."""
     operation = ReinforceHeads("", "output", "without", "active", heads, factor)
-    return semantics.reinforce_heads(operation, {"output": output, "without": without, "active": active})
+    return site_operations.reinforce_heads(operation, {"output": output, "without": without, "active": active})
 
 
 def region_routes(
@@ -88,7 +88,7 @@ def region_routes(
 ) -> torch.Tensor:
     """Which regions of a grid attend to which; see `RegionRoutes`."""
     operation = RegionRoutes("", "query", "key", (grid[0], grid[1]), (regions[0], regions[1]), topk, prefix)
-    return semantics.region_routes(operation, {"query": query, "key": key})
+    return site_operations.region_routes(operation, {"query": query, "key": key})
 
 
 def sparse_map(
@@ -104,7 +104,7 @@ def sparse_map(
     """Which keys each query sees by a map of low rank; parameters: weight, bias, down, up; see `SparseMap`."""
     names = ("weight", "bias", "down", "up")
     operation = SparseMap("", "query", "key", *names, keys, scale, coefficients, threshold, prefix)
-    return semantics.sparse_map(operation, {"query": query, "key": key, **dict(zip(names, parameters, strict=True))})
+    return site_operations.sparse_map(operation, {"query": query, "key": key, **dict(zip(names, parameters, strict=True))})
 
 
 def no_visual(hidden: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,8 @@ from synthetic_sites import CAUSAL, CHANNELS, IMAGE, SINKS, SITES, example, site
 
 from passes import SinkRedistribution
 from rewrite.ir import NotApplicableError, PassError, Program, SinkGroups
-from rewrite.ir.semantics import attention_weights, evaluate_expression, evaluate_operation, sink_groups
+from rewrite.ir.semantics import attention_weights, evaluate_expression, evaluate_operation
+from rewrite.ir.site_operations import sink_groups
 
 CASE = "image and text"
 
