@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional
 
-from rewrite.ir.errors import RewriteError
+from rewrite.ir.errors import NotApplicableError, RewriteError
 from rewrite.ir.operations import (
     DepthwiseConv,
     GridBias,
