@@ -177,8 +177,8 @@ def main() -> None:
         "# CPU: one attention, as each pass makes it", "",
         f"{datetime.date.today()}; Python {platform.python_version()}, torch {version('torch')}; {platform.machine()}, {os.cpu_count()} "
         f"cores, {torch.get_num_threads()} threads; load average {load:.1f} when the run began.", "",
-        f"Batch 1, {HEADS} heads of {HEAD_DIM}, float32, no gradients. *x SDPA*: the median over {options.rounds} rounds of variant / SDPA, "
-        "above 1 is slower. *MiB*: what a call adds at its peak. *pairs*: what the mask leaves of the pairs of query and key. "
+        f"Batch 1, {HEADS} heads of {HEAD_DIM}, float32, no gradients. *x SDPA*: the median over {options.rounds} rounds of variant / "
+        "SDPA, above 1 is slower. *MiB*: what a call adds at its peak. *pairs*: what the mask leaves of the pairs of query and key. "
         "Written by benchmarks/attention_cpu.py.",
     ]  # fmt: skip
     with torch.no_grad():

@@ -106,7 +106,7 @@ def measure_all(names: Iterable[str], console: Console) -> None:
 def page() -> str:
     """The page, from what is kept."""
     from tests.models.corpus.cases import ENTRIES
-    from tests.models.corpus.exceptions import LAYOUTS, MISSED, expected_sites
+    from tests.models.corpus.exceptions import LAYOUTS, MISSED
 
     rows, counted = kept(READ), kept(PATTERNS)
     known = [entry for entry in ENTRIES if entry.name in rows]
@@ -118,7 +118,7 @@ def page() -> str:
         counts = counted.get(entry.name, {}).get("counts", {})
         one, two = counts.get("1", 0), counts.get("2", 0)
         # Sites that are there once for each picture are fewer at batch 1; none of those is missing.
-        absent = [expected_sites(entry, 2) - expected_sites(entry, run["batch"]) for run in runs]
+        absent = [entry.truth - entry.truth_at(run["batch"]) for run in runs]
         proved = min(run["found"] + fewer for run, fewer in zip(runs, absent, strict=True))
         recognised = min(run["found"] + run["unproved"] + fewer for run, fewer in zip(runs, absent, strict=True))
         wrong = next((run.get("error") or "; ".join(run["layout"]) for run in runs if run.get("error") or run["layout"]), "")

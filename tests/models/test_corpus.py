@@ -20,7 +20,7 @@ from rewrite.ir.program import Program
 from tests.models.corpus.accounting import inside, normalises, unaccounted
 from tests.models.corpus.cases import BY_NAME, CORE, ENTRIES, Case, cases, name_of
 from tests.models.corpus.entry import Entry
-from tests.models.corpus.exceptions import GRADIENTS, LAYOUTS, MISSED, MOST_MISSED, expected_sites
+from tests.models.corpus.exceptions import GRADIENTS, LAYOUTS, MISSED, MOST_MISSED
 from tests.models.corpus.forms import FORMS
 from tests.models.corpus.layouts import layout_differences
 from tests.models.corpus.survey import Survey, size_differences, survey
