@@ -67,19 +67,20 @@ def _mul(expression: sympy.Expr, names: Names) -> str:
 def _pow(expression: sympy.Expr, names: Names) -> str:
     base, exponent = expression.args
     text = _atom(base, names)
-    # Beyond the fourth power a chain of products is no longer what a reader would write.
-    if exponent.is_Integer and 1 < abs(int(exponent)) <= 4:
+    # Beyond the fifth power (the slope of 1 / x^4) a chain of products is no longer what a reader would write.
+    if exponent.is_Integer and 1 < abs(int(exponent)) <= 5:
         product = " * ".join([text] * abs(int(exponent)))
         return product if exponent > 0 else f"1.0 / ({product})"
     if exponent == -1:
         return f"1.0 / {text}"
-    if exponent == sympy.Rational(1, 2):
-        return f"tl.sqrt({_print(base, names)} * 1.0)"
-    if exponent == sympy.Rational(-1, 2):
-        return f"1.0 / tl.sqrt({_print(base, names)} * 1.0)"
+    # x^(n + 1/2), such as the slope of 1 / sqrt(x).
+    whole = abs(exponent) - sympy.Rational(1, 2)
+    if whole.is_Integer and 0 <= whole <= 2:
+        product = " * ".join([f"tl.sqrt({_print(base, names)} * 1.0)", *[text] * int(whole)])
+        return product if exponent > 0 else f"1.0 / ({product})" if whole else f"1.0 / {product}"
     if base.is_positive:
         return f"tl.exp2({_atom(exponent, names)} * tl.log2({text} * 1.0))"
-    raise RewriteError(f"{expression} has no Triton form: only powers -4..4, square roots and powers of a positive base are printed")
+    raise RewriteError(f"{expression} has no Triton form: only powers -5..5, square roots and powers of a positive base are printed")
 
 
 def _call(function: str) -> Callable[[sympy.Basic, Names], str]:

@@ -119,6 +119,9 @@ def test_comparisons_of_fractions_are_exact() -> None:
         sympy.sqrt(1 + mass("text")) * QK,
         sympy.Pow(2, -mass("text")) - QK / 3,
         1 / mass("text") ** 2,
+        sympy.Pow(mass("text"), -5) + QK,
+        sympy.Pow(mass("text"), sympy.Rational(-3, 2)) * QK,
+        sympy.Pow(mass("text"), sympy.Rational(5, 2)) * QK,
         -QK,
     ],
 )
