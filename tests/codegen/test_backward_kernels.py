@@ -40,6 +40,10 @@ FORMS: dict[str, Attend] = {name: build() for name, build in {**ANY_SIZE, **STRE
     "bias bhi": forms.biased("bhi"),
     "gate hj": forms.gated("hj"),
     "two biases": replace(forms.biased("hij"), score=QK / 8 + tensor("bias", "hij") + tensor("more", "bij") * tensor("t", "h")),
+    "lengths of queries and keys": replace(
+        forms.plain(), score=QK * tensor("t", "h") / sympy.sqrt((1 + tensor("n", "bhi") ** 2) * (1 + tensor("m", "bhj") ** 2))
+    ),
+    "log of sizes": replace(forms.causal(), score=QK / 8 + sympy.log(1 + tensor("size", "bj") ** 2)),
     "grouped by tensors": learned_groups(),
     "bias and sink": replace(forms.sinks("h"), score=QK / 8 + tensor("t", "h") * tensor("bias", "hij")),
 }
