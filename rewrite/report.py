@@ -14,6 +14,7 @@ import codegen
 from rewrite.breaks import Break
 from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritten_cost
 from rewrite.engine import Record
+from rewrite.ir.operations import Attend
 from rewrite.ir.program import Exit
 from rewrite.ir.site import Site
 from rewrite.recognise.operators import canonical
@@ -98,14 +99,19 @@ class Report:
         self.near_misses += [NearMissReport(miss.module, miss.node, miss.reason) for miss in record.misses]
 
     def _without_kernels(self, record: Record) -> None:
-        """Say which rewritten sites have no Triton form, and why: they run in torch operators on a GPU too."""
-        reasons: dict[str, list[str]] = {}
+        """Say which rewritten sites have no Triton form, forward or backward, and why: they run in torch operators on a GPU too."""
+        reasons: dict[tuple[str, str], list[str]] = {}
         for site in record.program.sites:
             for operation in site.body.operations if site.name in record.lowered else ():
-                reason = codegen.reason_without_kernel(operation)
+                reason, told = codegen.reason_without_kernel(operation), "run"
+                if reason is None and isinstance(operation, Attend):
+                    reason, told = codegen.has_triton_backward(operation), "find their gradients"
                 if reason is not None:
-                    reasons.setdefault(reason, []).append(site.name)
-        notes = (f"{', '.join(names)} run in torch operators on every device, without a kernel: {why}" for why, names in reasons.items())
+                    reasons.setdefault((told, reason), []).append(site.name)
+        notes = (
+            f"{', '.join(dict.fromkeys(names))} {told} in torch operators on every device, without a kernel: {why}"
+            for (told, why), names in reasons.items()
+        )
         self.notes += [note for note in notes if note not in self.notes]
 
     def _site(self, entry: Found, record: Record, before: Cost, after: Cost) -> SiteReport:
