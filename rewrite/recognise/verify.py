@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch import fx
 
-from rewrite.ir.expression import B
+from rewrite.ir.expression import NQ, B, I
 from rewrite.ir.semantics import attention_weights
 from rewrite.recognise.flex import described_functions, evaluate_flex, is_flex_attention
 from rewrite.recognise.operators import argument, canonical, hint, hinted_shape, spelled, value_of
@@ -23,6 +23,8 @@ _MILD, _PEAKED = 1.0, 4.0
 _TWO_THIRDS = 0.43
 # Beyond this many pairs of a query and a key one draw holds both in turn, row by row: each row of a batch is an input of its own.
 _LARGE = 1 << 18
+# Queries that are compared at least, first and last among them.
+_LEAST_QUERIES = 128
 # Random numbers are drawn once and repeated: drawing them would take longer than all else. A prime, so that no two rows are alike.
 _PERIOD = 65537
 # Rounding steps that may pile up per output element beyond the sum over keys: projections' length and the exponential.
@@ -77,6 +79,9 @@ def _compare(region: Region, values: dict[fx.Node, torch.Tensor]) -> str | None:
     rows = _sampled(region)
     if rows is not None:
         operands, actual = _at_rows(region, operands, rows), actual[rows]
+    queries = _sampled_queries(region)
+    if queries is not None:
+        operands, actual = {**operands, "query": operands["query"][:, :, queries]}, actual[:, :, queries]
     weights = attention_weights(region.attend, operands)
     expected = weights @ operands["value"].repeat_interleave(weights.shape[1] // operands["value"].shape[1], dim=1)
     # Every output is a weighted sum of values: the rounding of that sum and of scores up to `largest` is what may differ.
@@ -104,6 +109,18 @@ def _sampled(region: Region) -> torch.Tensor | None:
     without_reads = [one.xreplace(dict.fromkeys(one.atoms(sympy.Indexed), sympy.S.Zero)) for one in expressions]
     by_row_alone = all(index == B or not index.has(B) for index in indices) and not any(one.has(B) for one in without_reads)
     return torch.linspace(0, batch - 1, fitting).long() if batch > fitting and by_row_alone else None
+
+
+def _sampled_queries(region: Region) -> torch.Tensor | None:
+    """Queries at which an attention with very many pairs is evaluated from its IR; None for all.
+
+    Only where nothing depends on which query it is: all are then computed alike, from their own random numbers.
+    """
+    heads, n_queries, n_keys = (region.sizes[name] for name in ("H", "Nq", "Nk"))
+    fitting = max(_LEAST_QUERIES, _LARGE // (heads * n_keys))
+    indices = [index for read in region.attend.tensors().values() for index in read]
+    placed = any({I, NQ} & part.free_symbols for part in (*region.attend.expressions(), region.attend.mask, *indices))
+    return torch.linspace(0, n_queries - 1, fitting).long() if n_queries > fitting and not placed else None
 
 
 def _at_rows(region: Region, operands: dict[str, torch.Tensor], rows: torch.Tensor) -> dict[str, torch.Tensor]:
