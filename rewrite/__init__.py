@@ -20,12 +20,14 @@ from rewrite.ir import (
     register_pass,
 )
 from rewrite.report import Report
+from rewrite.sweep import HeadSweep, sweep_heads
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionInputs",
     "Fits",
+    "HeadSweep",
     "ModelCallError",
     "NoAttentionError",
     "NotApplicableError",
@@ -42,6 +44,7 @@ __all__ = [
     "parse_pass",
     "register_pass",
     "rewrite",
+    "sweep_heads",
 ]
 
 
