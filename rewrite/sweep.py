@@ -107,7 +107,7 @@ def sweep_heads(
 
     The model runs in evaluation mode without gradients, and is left as it was: modes, parameters, buffers, and torch's random state.
     It runs heads + 1 times over the loader. It is captured once and not per head; what each head costs beside the runs is its own
-    rewriting of the captured graphs, whose proofs are shared.
+    rewriting of the captured graphs, whose proofs are shared: some tenths of a second for a dozen layers, in proportion to them.
 
     Raises `PassError` for a pass that is unknown or takes no such heads, `NotApplicableError` where the pass rewrites none of the heads
     asked for, `RewriteError` for a loader without samples, one that gives another number of values later, or a score that is not finite,

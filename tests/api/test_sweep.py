@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rewrite import (
+    Fits,
     HeadSweep,
     NotApplicableError,
     Pass,
@@ -42,6 +43,7 @@ class Sharpened(Pass):
     """The scores of the listed heads, times three. Not registered: a sweep is not tied to passes by name."""
 
     name, family, paper, formula = "sharpened", "redistribute", "none", "softmax(3 score) in the listed heads"
+    fits = Fits(causal=True)
 
     heads: tuple[tuple[int, int], ...] = parameter((), "(layer, head)")
     layers: tuple[int, ...] = parameter((0, 1), "where to work")
@@ -154,20 +156,20 @@ def test_a_margin_asks_for_more() -> None:
 
 def test_calibrate_on_a_llava_as_rewrite_would() -> None:
     model, text = llava("sdpa", layers=2, vision_layers=1), "calibrate(layers=None, threshold=0.05)"
-    samples = [llava_inputs(text=length) for length in (14, 17, 11)]
+    inputs = llava_inputs()
 
     def score(output: Any, inputs: Any) -> torch.Tensor:
         return output.logits[:, -1, 3]
 
-    found = sweep_heads(model, text, Shuffled(samples), score, layers=[0], progress=False)
-    assert list(found.scores) == [(0, 0), (0, 1), (0, 2), (0, 3)]
+    found = sweep_heads(model, text, [inputs], score, progress=False)
+    assert list(found.scores) == [(layer, head) for layer in range(2) for head in range(4)]  # of the language model, not of the tower
     setting = parse_pass(text)
-    changed = rewrite(model, [replace(setting, heads=((0, 3),))], example_inputs=samples[0])  # type: ignore[call-arg]
+    changed = rewrite(model, [replace(setting, heads=((0, 3),))], example_inputs=inputs)  # type: ignore[call-arg]
     with torch.no_grad():
-        expected = torch.cat([score(changed(**each), each) for each in samples]).double().mean()
-    assert found.scores[0, 3] == pytest.approx(float(expected), rel=1e-6)
-    assert abs(found.scores[0, 3] - found.baseline) > 1e-3
-    assert found.kept == ((0, 0), (0, 1))
+        before, after = (float(score(each(**inputs), inputs).mean()) for each in (model, changed))
+    assert abs(after - before) > 1e-3
+    assert (found.baseline, found.scores[0, 3]) == pytest.approx((before, after), rel=1e-5)
+    assert 0 < len(found.kept) < 8
     assert parse_pass(str(found.setting)) == found.setting == replace(setting, heads=found.kept)  # type: ignore[call-arg]
 
 
