@@ -11,8 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from passes.sparsify.neighborhood import neighbors
-
 YELLOW, BLUE, GREY = "#ffd400", "#1f77b4", "#c8ccd2"
 GIGA = 1e9
 
@@ -83,7 +81,9 @@ def draw_costs(shown: Sequence[tuple[str, tuple[int, int], tuple[int, int]]], pa
 
 def _draw_window(axes: Axes, photo: np.ndarray, grid: int, window: int, query: tuple[int, int]) -> None:
     """The photograph bright where the query's window is, with the query marked. query: (row, column)."""
-    rows, columns = (neighbors(place, grid, window, 1) for place in query)
+    # The window is shifted where it would leave the grid.
+    starts = [min(max(place - window // 2, 0), grid - window) for place in query]
+    rows, columns = (range(start, start + window) for start in starts)
     edges = [round(place * photo.shape[0] / grid) for place in (rows[0], rows[-1] + 1, columns[0], columns[-1] + 1)]
     lit = _faded(photo)
     lit[edges[0] : edges[1], edges[2] : edges[3]] = photo[edges[0] : edges[1], edges[2] : edges[3]]

@@ -19,6 +19,7 @@ from rewrite.recognise.index_algebra import (
     Axis,
     MismatchError,
     back_through,
+    exact_product,
     exact_products,
     leaves,
     origin,
@@ -26,7 +27,7 @@ from rewrite.recognise.index_algebra import (
     size,
 )
 from rewrite.recognise.mixing import Mixture
-from rewrite.recognise.operators import canonical, value_of
+from rewrite.recognise.operators import Extent, canonical, value_of
 from rewrite.recognise.reading import Part, leaf_symbol
 from rewrite.recognise.region import Layout, Length, NearMissError, Operand, Region, exact_shape, layout_of, reading_layout, shape_in
 
@@ -110,10 +111,10 @@ def assemble(
         weight=form.weight.subs(replaced), renormalised=form.renormalised,
         score_mix=_head_mix("score", form.score_mixture, heads, named), weight_mix=_head_mix("weight", form.weight_mixture, heads, named),
     )  # fmt: skip
-    sizes = {
-        "B": size(batch), "H": size(heads), "Hkv": size(shared), "Nq": size(leaves(rows)), "Nk": size(leaves(columns)),
-        "D": size(leaves(depth)), "Dv": size(leaves(width)),
+    axes_of = {
+        "B": batch, "H": heads, "Hkv": shared, "Nq": leaves(rows), "Nk": leaves(columns), "D": leaves(depth), "Dv": leaves(width),
     }  # fmt: skip
+    sizes: dict[str, int] = {name: Extent(size(axis), exact_product(axis)) for name, axis in axes_of.items()}
     channels = runs_over_channels(*located["query"], leaves(rows))
     return Region(
         core=core, output=output, query=operands["query"], key=operands["key"], value=operands["value"], attend=attend, tensors=named,

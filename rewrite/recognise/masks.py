@@ -11,7 +11,8 @@ from torch._functorch.predispatch import _vmap_decrement_nesting, _vmap_incremen
 
 from rewrite.ir.expression import conjuncts, tensors_in
 from rewrite.ir.semantics import all_positions, evaluate_expression, positions, read_at
-from rewrite.recognise.operators import canonical, hint, hinted_shape, value_of
+from rewrite.recognise.call_sizes import CallSizes
+from rewrite.recognise.operators import canonical, hint, shape_of, value_of
 from rewrite.recognise.region import Region
 from rewrite.recognise.writes import written_by
 
@@ -26,7 +27,8 @@ _LEVELS = (_vmap_increment_nesting, _vmap_decrement_nesting)
 
 def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
     """True where the mask tensors of the region hide every key after the query (queries aligned with the last keys)."""
-    sizes = (region.sizes["B"], region.sizes["H"], region.sizes["Nq"], region.sizes["Nk"])
+    call = CallSizes(inputs)
+    sizes = tuple(call.of(region.sizes[name]) for name in ("B", "H", "Nq", "Nk"))
     n_queries, n_keys = sizes[2:]
     axes = tensors_in(region.attend.score, region.attend.mask)
     values: dict[str, Any] = {}
@@ -35,7 +37,7 @@ def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
         built = evaluate(operand.node, inputs) if name in axes else None
         if built is None:
             continue
-        if tuple(built.shape) != hinted_shape(operand.node):
+        if tuple(built.shape) != tuple(map(call.of, shape_of(operand.node) or ())):
             return False  # a size that depends on data, which the region holds a stand-in for
         has_pairs |= built.ndim >= 2 and built.shape[-2:] == (n_queries, n_keys)
         values[name] = read_at(operand.layout.apply(built), axes[name], all_positions(sizes, built.device))
@@ -76,9 +78,10 @@ def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | Non
     if any(current in written_by(user) for current in needed for user in current.users if user not in seen):
         return None  # what was written into a tensor beside is not among its operands
     values: dict[fx.Node, Any] = {}
+    call = CallSizes(inputs)
     with torch.no_grad():
         for current in sorted([*needed, *_vmap_levels(node)]):
-            values[current] = _value(current, values, inputs)
+            values[current] = _value(current, values, inputs, call)
     result = values[node]
     return result if isinstance(result, torch.Tensor) else None
 
@@ -96,12 +99,12 @@ def _vmap_levels(node: fx.Node) -> list[fx.Node]:
     return levels
 
 
-def _value(node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[fx.Node, Any]) -> Any:
+def _value(node: fx.Node, values: dict[fx.Node, Any], inputs: Mapping[fx.Node, Any], call: CallSizes) -> Any:
     if node.op == "placeholder":
         held = inputs[node]
         return hint(held) if isinstance(held, torch.SymInt) else held
     if isinstance(value_of(node), int | torch.SymInt):
-        return hint(value_of(node))
+        return call.of(value_of(node))
     arguments = fx.map_arg(node.args, values.__getitem__)
     keywords = fx.map_arg(dict(node.kwargs), values.__getitem__)
     if node.op == "call_method":

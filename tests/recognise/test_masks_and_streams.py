@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from rewrite.recognise.operators import canonical
-from rewrite.recognise.sites import Recognition
+from rewrite.recognise.sites import Recognition, recognise
 
 LOWEST = torch.finfo(torch.float32).min
 
@@ -90,6 +90,40 @@ def test_two_masks_of_one_site_are_read_together() -> None:
         lambda self, q, k, v, m: weighted(q, k, v, lambda s: torch.where(m, s * SCALE + torch.full((N, N), -torch.inf).triu(1), LOWEST))
     )
     (found,) = recognised(model, x(), padding()).found
+    assert found.site.causal
+
+
+class OfAnyLength(nn.Module):
+    """Causal by a mask that is made for as many tokens as there are, and padding of the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(C, 3 * C)
+
+    def forward(self, tokens: Tensor, padding: Tensor) -> Tensor:
+        q, k, v = self.inner(tokens).unsqueeze(1).chunk(3, -1)
+        mask = by_position(tokens.shape[1])[None, None] & padding[:, None, None, :]
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@pytest.mark.parametrize("length", [9, 14, 3])
+def test_a_graph_is_read_for_a_call_of_another_length(length: int) -> None:
+    """One captured graph serves every length, and may be rewritten anew at any of them."""
+    tokens, padding_ = torch.randn(2, 9, C), torch.ones(2, 9, dtype=torch.bool)
+    for given in (tokens, padding_):
+        torch._dynamo.mark_dynamic(given, 1)
+    capture = Capture()
+    with torch.no_grad():
+        torch.compile(OfAnyLength(), backend=capture, fullgraph=True)(tokens, padding_)
+    (graph,), (inputs,) = capture.graphs, capture.inputs
+
+    def resized(value: object) -> object:
+        if isinstance(value, Tensor) and value.shape[:2] == (2, 9):
+            return value.new_ones(2, length, *value.shape[2:])
+        return length if value == 9 else value
+
+    other = {node: value if isinstance(value, nn.Parameter) else resized(value) for node, value in inputs.items()}
+    (found,) = recognise(graph.graph, other).found
     assert found.site.causal
 
 

@@ -34,15 +34,23 @@ def rows(x: Tensor) -> Tensor:
     return torch.arange(x.shape[1])[None, None, :, None]
 
 
+def _marked(mask: Tensor) -> Tensor:
+    mask[..., 0] = -1.0
+    return mask
+
+
 OPEN: dict[str, Callable[[Tensor], Tensor]] = {
     "all positions": lambda x: (rows(x) >= 0).expand(x.shape[0], 1, -1, x.shape[1]),
     "ones": lambda x: torch.ones(1, 1, x.shape[1], x.shape[1], dtype=torch.bool),
+    "where nothing is chosen": lambda x: torch.where((rows(x) >= 0).expand(-1, -1, -1, x.shape[1]), 0.0, float("-inf")),
+    "zeros like the input": lambda x: x.new_zeros(x.shape[0], 1, x.shape[1], x.shape[1]),
     "zeros": lambda x: torch.zeros(x.shape[0], 1, x.shape[1], x.shape[1]),
 }
 NOT_OPEN: dict[str, Callable[[Tensor], Tensor]] = {
     "causal": lambda x: rows(x) >= torch.arange(x.shape[1]),
     "first token hidden": lambda x: torch.arange(x.shape[1])[None, None, None, :].expand(1, 1, x.shape[1], -1) > 0,
     "a bias": lambda x: torch.full((1, 1, x.shape[1], x.shape[1]), 0.5),
+    "zeros that were written into": lambda x: _marked(x.new_zeros(1, 1, x.shape[1], x.shape[1])),
     "random": lambda x: torch.rand(1, 1, x.shape[1], x.shape[1]) >= 0,
     "from the input": lambda x: (x[:, None, :, :1] < 1e9).expand(-1, -1, -1, x.shape[1]),
 }
@@ -58,6 +66,19 @@ def test_taken_off(mask: str, fused: bool) -> None:
     assert found.site.attend.mask == sympy.true
     assert found.site.attend.tensors() == {}
     assert torch.allclose(result, model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", OPEN)
+def test_taken_off_at_any_size(mask: str) -> None:
+    x = torch.randn(2, 9, WIDTH)
+    torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 1)
+    capture = Capture()
+    with torch.no_grad():
+        torch.compile(Attention(OPEN[mask], True), backend=capture, fullgraph=True)(x)
+    (found,) = capture.recognition.found
+    assert found.site.attend.mask == sympy.true
+    assert found.site.attend.tensors() == {}
 
 
 @fused
