@@ -35,6 +35,7 @@ from rewrite.ir.statistic import Statistic
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 HEAD_DIMS, TARGETS = (64, 128), ("sm_80", "sm_90")
+STATISTIC = "statistic: received"
 VARIANTS: dict[str, Attend] = {
     "plain": forms.plain(),
     "causal": forms.causal(),
@@ -49,7 +50,7 @@ VARIANTS: dict[str, Attend] = {
     "ReLU over its sum": forms.rectified(),
     "temperature by row": forms.row_temperature(),
     "gate [h]": forms.gated("h"),
-    "statistic: received": exchanged(Statistic("received", forms.plain())).attend,
+    STATISTIC: exchanged(Statistic("received", forms.plain())).attend,
 }
 # A line of machine code: its address and what stands there.
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.*?);")
@@ -78,7 +79,8 @@ def walk_of(compiled: CompiledKernel) -> int:
 def kernels(attend: Attend, head_dim: int, target: str) -> Iterator[tuple[str, CompiledKernel, Tile]]:
     """(which, compiled, its tile) of the forward, and of both backward kernels where there are any."""
     yield "forward", emit(attend).compile(target, torch.bfloat16, head_dim), tile_for(head_dim, head_dim, 2)
-    if has_triton_backward(attend) is None:
+    # A statistic's gradients are torch operators: the backward of its exchanged attention is never called.
+    if attend != VARIANTS[STATISTIC] and has_triton_backward(attend) is None:
         tiles = backward_tiles(head_dim, head_dim, 2, is_crowded(attend), CAPABILITIES[target])
         for owner, compiled in emit_backward(attend).compile(target, torch.bfloat16, head_dim).items():
             yield f"backward, {owner}", compiled, getattr(tiles, owner)

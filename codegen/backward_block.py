@@ -17,7 +17,6 @@ where it owns keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -25,6 +24,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from codegen.backward_groups import group_factors, group_facts, load_group
+from codegen.base_two import LOG2_E
 from codegen.kernel_reads import KernelReads, Owner
 from codegen.tensor_reads import derivative
 from codegen.triton_printer import triton_text
@@ -32,8 +32,6 @@ from codegen.weight_form import split_visits, weight_factor
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import QK, I, Indices, J, W, conjuncts, letters
 from rewrite.ir.operations import Attend, Normaliser
-
-LOG2_E = math.log2(math.e)
 
 _ROW_FACTS: Mapping[Normaliser, tuple[str, ...]] = {"softmax": ("delta",), "sum": ("delta", "share"), "none": ()}
 

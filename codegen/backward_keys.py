@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import sympy
 
-from codegen.backward_block import LOG2_E, BackwardBlock, row_facts
+from codegen.backward_block import BackwardBlock, row_facts
 from codegen.backward_text import QUERY_TILES, indented, signature, walk
+from codegen.base_two import LOG2_E
 from codegen.triton_printer import triton_text
 from rewrite.ir.expression import letters
 from rewrite.ir.operations import Attend

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import sympy
 
-from codegen.backward_block import LOG2_E, BackwardBlock, read_of, row_facts
+from codegen.backward_block import BackwardBlock, read_of, row_facts
 from codegen.backward_groups import add_sums, group_changes, group_weights, zero_sums
 from codegen.backward_text import KEY_TILES, indented, signature, walk
+from codegen.base_two import LOG2_E
 from codegen.tensor_reads import derivative
 from codegen.triton_printer import triton_text
 from rewrite.ir.expression import TOTAL, letters

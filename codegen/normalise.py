@@ -12,7 +12,6 @@ lse is what is saved beside the output: the logarithm of the softmax's denominat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +19,11 @@ from typing import Any
 import sympy
 import torch
 
+from codegen.base_two import LOG2_E
 from codegen.tensor_reads import derivative
 from rewrite.ir.expression import TOTAL
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import evaluate_expression
-
-LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)

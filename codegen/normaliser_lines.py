@@ -12,13 +12,12 @@ import math
 import sympy
 from sympy.logic.boolalg import Boolean
 
+from codegen.base_two import LOG2_E
 from codegen.kernel_reads import KernelReads
 from codegen.triton_printer import triton_text
 from codegen.weight_form import split_visits
 from rewrite.ir.expression import QK, W, conjuncts
 from rewrite.ir.operations import Attend
-
-LOG2_E = math.log2(math.e)
 
 
 def start(attend: Attend) -> list[str]:

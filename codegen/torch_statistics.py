@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
-from codegen.normalise import LOG2_E
+from codegen.base_two import LOG2_E
 from codegen.score_block import ScoreBlock, dot, linear_score, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative, read_block
 from codegen.torch_streaming import blockwise_visits

@@ -94,7 +94,8 @@ def test_values_and_gradients_in_double(form: str, term: str) -> None:
         assert (right - (0 if left is None else left)).abs().max() <= rounding * shape.head_dim * shape.heads * largest, name
 
 
-@each_form
+# In double all forms are compared; `weight_error` has no bound for mixed heads in low precision.
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "talking heads"])
 @pytest.mark.parametrize("term", ["received", "received from some", "last row", "mass"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_low_precision_with_the_log_sum_exp(form: str, term: str, dtype: torch.dtype) -> None:
@@ -102,8 +103,6 @@ def test_low_precision_with_the_log_sum_exp(form: str, term: str, dtype: torch.d
     found = statistic(made, values["query"], values["key"], values, lse_of(made, values))
     wanted = read_statistic(made, in_double(values))
     assert found.dtype == torch.float32
-    if form in ("talking heads", "gated", "rectified"):
-        pytest.skip("the budget of a weight knows no mixed heads and no factor")
     counted = replace(made, term=sympy.Abs(made.term))
     error = weight_error(made.attend, values) + 4 * torch.finfo(torch.float32).eps
     error = error[:, :, range(error.shape[2])[slice(*made.rows)]] if made.rows else error

@@ -192,7 +192,10 @@ class TestIdentity:
 
     def test_gradients_are_the_models_own(self, subject: Subject) -> None:
         if subject.entry.name in GRADIENTS:
-            pytest.skip(GRADIENTS[subject.entry.name])
+            model = without_chance(subject.entry.build(subject.implementation))
+            with pytest.raises(NotImplementedError):
+                gradients_of(model, dict(subject.entry.inputs(2)))
+            return
         model = without_chance(subject.entry.build(subject.implementation))
         compare(subject, model, rebuilt(model, subject), gradients_of)
 

@@ -19,5 +19,5 @@ LAYOUTS: Mapping[str, str] = {
     "qwen2.5-vl": "the grid of its pictures is read from data, so that nothing is known of the windows on it",
 }
 
-# name -> why its gradients are not compared.
+# name -> why it has no gradients to compare: the untouched model raises.
 GRADIENTS: Mapping[str, str] = {"llama-flex": "FlexAttention has no backward on the CPU"}
