@@ -23,7 +23,7 @@ from torch import fx, nn
 
 from rewrite.compiled import CompiledGraph
 from rewrite.dry_run import call_original, copied, untouched
-from rewrite.engine import Known, Record, Rewriter, RewrittenGraph
+from rewrite.engine import Record, Rewriter
 from rewrite.entry import session_of
 from rewrite.ir.errors import NotApplicableError, PassError, RewriteError
 from rewrite.ir.passes import Pass
@@ -241,18 +241,6 @@ class _Sweeping(Session):
         self.programs.append(record.program)
 
 
-@dataclass
-class _AsCaptured(Rewriter):
-    """Rewrites one graph by the call that it was captured in: recognition reads masks at the sizes of that call, and of no other."""
-
-    first: dict[Any, tuple[Sequence[Any], Known]] = field(default_factory=dict)
-
-    def rewrite(self, graph_module: fx.GraphModule, inputs: Sequence[Any], known: Known) -> RewrittenGraph:
-        # One graph may serve several layers, and each is a variant of its own.
-        carried = tuple((index, one.visual is not None, one.layers) for index, one in known.carried.items())
-        return super().rewrite(graph_module, *self.first.setdefault((known.base, carried, tuple(known.notes)), (inputs, known)))
-
-
 class _Graphs(Runner):
     """Runs a model by graphs that are captured once and rewritten anew for every setting."""
 
@@ -265,7 +253,7 @@ class _Graphs(Runner):
 
     def _captured(self, graph_module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         session = self.session
-        rewriter = _AsCaptured(self.passes, Names(session.root, ""), session.proofs, Allowed(added=session.added), session.depths)
+        rewriter = Rewriter(self.passes, Names(session.root, ""), session.proofs, Allowed(added=session.added), session.depths)
         self.graphs.append(CompiledGraph(graph_module, rewriter, "eager", running, session.record))
         return self.graphs[-1]
 
