@@ -6,6 +6,7 @@ from codegen.block_choice import visited_pairs
 from codegen.compilation import TARGETS, CompiledKernel
 from codegen.kernel import Kernel, emit, has_triton_form
 from codegen.masks import visible_pairs
+from codegen.multiply_adds import computed_multiply_adds, multiply_adds_formula
 from codegen.operator import attend
 from codegen.served import kernel_attention, reason_without_kernel
 from codegen.statistics_operator import statistic
@@ -16,11 +17,13 @@ __all__ = [
     "CompiledKernel",
     "Kernel",
     "attend",
+    "computed_multiply_adds",
     "emit",
     "emit_backward",
     "has_triton_backward",
     "has_triton_form",
     "kernel_attention",
+    "multiply_adds_formula",
     "reason_without_kernel",
     "statistic",
     "visible_pairs",

@@ -1,4 +1,4 @@
-"""What `torch.utils.flop_counter` counts for the attention operators: the pairs that the static mask lets through, exactly."""
+"""What `torch.utils.flop_counter` counts for the attention operators: what they multiply and add, exactly."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.flop_counter import register_flop_formula
 
-from codegen.block_choice import visited_pairs
+from codegen.multiply_adds import computed_multiply_adds
 from codegen.operator import attend_backward_op, attend_op
 from rewrite.ir.operations import Attend
 
@@ -18,12 +18,9 @@ Shape = Sequence[int]
 
 
 def attend_flops(query: Shape, key: Shape, value: Shape, attend: str) -> int:
-    """2 * B * H * pairs * (D + Dv), for query [B, H, Nq, D], key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv].
-
-    Of blocks that the data choose, as many pairs are counted as may be chosen (`codegen.block_choice`).
-    """
-    batch, heads, n_queries, head_dim = query
-    return 2 * batch * heads * visited_pairs(Attend.from_json(attend), n_queries, key[2]) * (head_dim + value[3])
+    """Two for every multiply-add, for query [B, H, Nq, D], key [B, Hkv, Nk, D] and value [B, Hkv, Nk, Dv]."""
+    sizes = dict(zip(("B", "H", "Nq", "D", "Hkv", "Nk", "Dv"), (*query, *key[1:3], value[3]), strict=True))
+    return 2 * computed_multiply_adds(Attend.from_json(attend), sizes)
 
 
 @register_flop_formula(attend_op._opoverload.overloadpacket)

@@ -26,6 +26,12 @@ SIZES: Mapping[str, sympy.Symbol] = {
 _S = SIZES
 
 
+def _put(formula: sympy.Expr, sizes: Mapping[str, int]) -> sympy.Expr:
+    """The formula with what is known of its sizes."""
+    found = sympy.sympify(formula)
+    return found.subs({symbol: sizes[symbol.name] for symbol in found.free_symbols if symbol.name in sizes})
+
+
 @dataclass(frozen=True)
 class Cost:
     """multiply_adds and bytes as expressions, and the sizes to put into them."""
@@ -43,7 +49,7 @@ class Cost:
         return int(self._value(self.bytes_formula))
 
     def _value(self, formula: sympy.Expr) -> sympy.Expr:
-        return sympy.sympify(formula).subs({_S[name]: value for name, value in self.sizes if name in _S})
+        return _put(formula, dict(self.sizes))
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,8 @@ def rewritten_cost(site: Site, itemsize: int) -> Cost:
     if len(site.body.operations) > 1:
         return _body_cost(site, itemsize)
     cost = attention_cost(site.dims, itemsize, materialised=False)
-    pairs = codegen.visited_pairs(site.attend, site.dims["Nq"], site.dims["Nk"])
-    return replace(cost, sizes=(*(entry for entry in cost.sizes if entry[0] != "pairs"), ("pairs", pairs)))
+    formula, counts = codegen.multiply_adds_formula(site.attend, site.dims)
+    return replace(cost, multiply_adds_formula=formula, sizes=tuple(sorted({**dict(cost.sizes), **counts}.items())))
 
 
 def _body_cost(site: Site, itemsize: int) -> Cost:
@@ -95,8 +101,8 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
             case Attend():
                 n_queries, n_keys = tokens[operation.query], tokens[operation.key]
                 tokens[operation.result] = n_queries
-                pairs = codegen.visited_pairs(operation, n_queries, n_keys)
-                multiply_adds += _S["B"] * _S["H"] * pairs * (_S["D"] + _S["Dv"])
+                formula, counts = codegen.multiply_adds_formula(operation, {**site.dims, "Nq": n_queries, "Nk": n_keys})
+                multiply_adds += _put(formula, {**counts, "Nq": n_queries, "Nk": n_keys})
                 moved += _S["B"] * _S["H"] * (n_queries + n_keys) * (_S["D"] + _S["Dv"])
             case DepthwiseConv():
                 tokens[operation.result] = tokens[operation.source]
