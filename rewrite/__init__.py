@@ -6,6 +6,7 @@ from rewrite.api import explain, kernels, rewrite
 from rewrite.ir import (
     AttentionInputs,
     Fits,
+    Fitting,
     ModelCallError,
     NoAttentionError,
     NotApplicableError,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionInputs",
     "Fits",
+    "Fitting",
     "HeadSweep",
     "ModelCallError",
     "NoAttentionError",

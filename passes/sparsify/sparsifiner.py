@@ -25,7 +25,7 @@ import torch
 
 from passes import layers as layers_
 from passes.sparsify.narrowing import attended
-from rewrite.ir import Attend, AttentionInputs, Fits, Parameter, Pass, Site, SparseMap, parameter, register_pass, tensor
+from rewrite.ir import Attend, AttentionInputs, Fits, Fitting, Parameter, Pass, Site, SparseMap, parameter, register_pass, tensor
 
 MAP = "sparse_map"
 
@@ -52,6 +52,7 @@ class Sparsifiner(Pass):
     formula = "m = top_c(softmax(D^-0.5 L(q) (L(k)^T down))) up^T; out[i] = sum_j softmax_j(score[i,j]) v[j], j in top_keep(m[i])"
     training_free = False
     fits = Fits(kinds=frozenset({"self"}), causal=False, cached=False)
+    fitting = Fitting(compares="map")
 
     keep: float = parameter(0.25, "share of the keys that each query keeps; 1 changes nothing")
     reduce_channels: int = parameter(2, "head dim over the width that queries and keys are narrowed to")
@@ -137,3 +138,12 @@ class Sparsifiner(Pass):
                     seen[row, head, token] = False
                     seen[row, head, token, likes.argsort(descending=True)[: self._kept(keys)]] = True
         return attended(attention, seen)
+
+    def attention_map(self, attention: AttentionInputs) -> torch.Tensor:
+        """m, whose gradient goes through the coefficients and the entries of the basis that are kept."""
+        weight, bias, down, up = (attention.parameters[f"sparsifiner_{name}"] for name in ("weight", "bias", "down", "up"))
+        query, key = (torch.nn.functional.linear(tokens, weight, bias) for tokens in (attention.query, attention.key))
+        shares = (self._scale(attention.site) * query @ (key.transpose(-2, -1) @ down)).softmax(-1)
+        kept = shares.topk(min(self.coefficients, shares.shape[-1])).indices
+        shares = shares * torch.zeros_like(shares).scatter(-1, kept, 1.0)
+        return shares @ torch.where(up.abs() > self.threshold, up, 0.0).T

@@ -23,6 +23,7 @@ from rewrite.ir.expression import (
     tensor,
     tensors_in,
 )
+from rewrite.ir.fitting import Fitting
 from rewrite.ir.operations import (
     Attend,
     BlockChoice,
@@ -67,6 +68,7 @@ __all__ = [
     "Exit",
     "Family",
     "Fits",
+    "Fitting",
     "G",
     "GridBias",
     "Grouping",

@@ -12,6 +12,7 @@ import sympy
 import torch
 
 from rewrite.ir.errors import PassError
+from rewrite.ir.fitting import Fitting
 from rewrite.ir.operations import Parameter
 from rewrite.ir.parameters import converted
 from rewrite.ir.program import Program
@@ -96,7 +97,7 @@ class Pass(ABC):
 
     name: how it is written in a pass list. family: prune, redistribute, sparsify or linearize; it decides when the pass runs.
     paper: where the method is from. formula: what it computes, one line. fits: the sites it can work on. excludes: names of passes that
-    cannot hold on the same model. training_free: useful without training.
+    cannot hold on the same model. training_free: useful without training. fitting: how the parameters it adds are trained (`rewrite.fit`).
     """
 
     name: ClassVar[str]
@@ -106,6 +107,7 @@ class Pass(ABC):
     training_free: ClassVar[bool] = True
     fits: ClassVar[Fits] = Fits()
     excludes: ClassVar[tuple[str, ...]] = ()
+    fitting: ClassVar[Fitting] = Fitting()
 
     def check(self) -> None:  # noqa: B027  (a pass without parameters has nothing to check)
         """Raise `PassError` where a parameter is out of its range. Called at construction."""
@@ -158,6 +160,13 @@ class Pass(ABC):
         """The method's output at one site in plain PyTorch, [B, H, Nq, Dv]: what the rewritten site is judged against."""
         raise TypeError(f"{type(self).__name__} defines no reference()")
 
+    def attention_map(self, attention: AttentionInputs) -> torch.Tensor:
+        """The map [B, H, Nq, Nk] that the pass's parameters make, in plain PyTorch and with gradients for them.
+
+        It is what fitting brings close to the original's map, for passes whose `fitting` compares maps.
+        """
+        raise TypeError(f"{type(self).__name__} defines no attention_map(), and its fitting compares maps")
+
     def __str__(self) -> str:
         """The pass as text, its own constructor: only the parameters that differ from their defaults."""
         changed = [
@@ -178,4 +187,4 @@ def parameter(default: Any, help_: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_})
 
 
-__all__ = ["PHASES", "AttentionInputs", "Family", "Fits", "Parameter", "Pass", "is_causal", "parameter"]
+__all__ = ["PHASES", "AttentionInputs", "Family", "Fits", "Fitting", "Parameter", "Pass", "is_causal", "parameter"]
