@@ -7,19 +7,21 @@ from collections.abc import Mapping
 import sympy
 
 from codegen.block_choice import visited_pairs
+from codegen.contraction_order import QUADRATIC, STATE, Sizes, state_plan
 from rewrite.ir.operations import Attend
-
-_S: Mapping[str, sympy.Symbol] = {name: sympy.Symbol(name, integer=True, positive=True) for name in ("B", "H", "D", "Dv", "pairs")}
-PAIR_BY_PAIR: sympy.Expr = _S["B"] * _S["H"] * _S["pairs"] * (_S["D"] + _S["Dv"])
 
 
 def multiply_adds_formula(attend: Attend, sizes: Mapping[str, int]) -> tuple[sympy.Expr, dict[str, int]]:
     """(a closed form in B, H, Hkv, Nq, Nk, D, Dv and counts, the counts) for an attention of the sizes that have the former names.
 
-    pairs: of a query and a key. Those that positions alone hide are not computed, and not counted; of blocks that the data choose, as many
-    are counted as may be chosen (`codegen.block_choice`).
+    Through the state where a call of these sizes computes it so (`codegen.contraction_order`). Else pair by pair: those that positions
+    alone hide are not computed, and not counted; of blocks that the data choose, as many are counted as may be chosen
+    (`codegen.block_choice`).
     """
-    return PAIR_BY_PAIR, {"pairs": visited_pairs(attend, sizes["Nq"], sizes["Nk"])}
+    plan = state_plan(attend, Sizes(*(sizes[name] for name in ("B", "H", "Hkv", "Nq", "Nk", "D", "Dv"))))
+    if plan is not None:
+        return STATE, dict(plan.counts)
+    return QUADRATIC, {"pairs": visited_pairs(attend, sizes["Nq"], sizes["Nk"])}
 
 
 def computed_multiply_adds(attend: Attend, sizes: Mapping[str, int]) -> int:

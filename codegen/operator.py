@@ -2,7 +2,8 @@
 
 An operation travels through a graph as its JSON text. On CUDA the forward is the kernel emitted for that text where it has one
 (`codegen.kernel.has_triton_form`), on the CPU the torch lowering. So is the backward: on CUDA the kernels emitted for it where it has them
-(`codegen.backward_kernel.has_triton_backward`), from the output and the log-sum-exp that forward gave; the torch lowering elsewhere.
+(`codegen.backward_kernel.has_triton_backward`), from the output and the log-sum-exp that forward gave; the torch lowering elsewhere. It
+serves every device where linear attention goes through its state (`codegen.contraction_order`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from codegen.backward_kernel import backward_kernel_for, has_triton_backward
+from codegen.contraction_order import Sizes, state_plan
 from codegen.kernel import has_triton_form, kernel_for
 from codegen.operands import named_operands, require_attention
 from codegen.torch_backward import attend_gradients
@@ -55,7 +57,7 @@ def _attend_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     operation = Attend.from_json(attend)
     named = _named(operation, query, key, value, tensors)
-    if has_triton_form(operation) is not None:
+    if has_triton_form(operation) is not None or state_plan(operation, Sizes.of(query, key, value)) is not None:
         return attend_forward(operation, _rows(query), _rows(key), _rows(value), named)
     out, lse = output_like(query, value)
     if out.numel():
@@ -107,8 +109,9 @@ def _attend_backward_cuda(
     query, key, value, *tensors = operands
     named = _named(operation, query, key, value, tensors)
     names = tuple(list(named)[index] for index in wanted)
+    by_state = state_plan(operation, Sizes.of(query, key, value)) is not None
     # A grid of no programs cannot be launched.
-    if has_triton_backward(operation, names) is not None or not (query.numel() and key.numel() and value.numel()):
+    if by_state or has_triton_backward(operation, names) is not None or not (query.numel() and key.numel() and value.numel()):
         return attend_gradients(operation, (grad_out, grad_lse), (query, key, value), named, names)
     gradients = tuple(operand.new_empty(operand.shape) for operand in (query, key, value))
     with torch.cuda.device(query.device):

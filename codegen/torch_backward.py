@@ -12,9 +12,12 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from codegen.attention_block import AttentionBlock
+from codegen.contraction_order import Sizes, state_plan
 from codegen.gathered import Gathered, gathered
 from codegen.score_block import ScoreBlock, dot, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype
+from codegen.torch_state import StateReads
+from codegen.torch_state_backward import state_gradients
 from codegen.torch_streaming import blockwise_visits
 from codegen.visits import Visit
 from rewrite.ir.operations import Attend
@@ -39,7 +42,11 @@ def attend_gradients(
     """
     (grad_out, grad_lse), (query, key, value) = received, operands
     dtype = accumulation_dtype(query.dtype)
-    gradients, chosen = TensorGradients(attend.tensors(), tensors, wanted), gathered(attend, query, key, tensors)
+    gradients, plan = TensorGradients(attend.tensors(), tensors, wanted), state_plan(attend, Sizes.of(query, key, value))
+    if plan is not None:
+        found = state_gradients(StateReads(attend, operands, tensors), plan, received, gradients)
+        return [*found, *(gradient.result() for gradient in gradients)]
+    chosen = gathered(attend, query, key, tensors)
     if chosen is None:
         d_query, d_key, d_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (query, key, value))
     else:

@@ -1,7 +1,8 @@
 """An attention operation in torch operators, a block of queries at a time: never the Nq x Nk map.
 
 Plain softmax attention with a bias, a mask or a sink goes to torch's fused attention, on all queries at once or, with a static mask, on
-each block of queries with the keys it sees. Everything else is matrix products, block by block. Where a mask chooses blocks of keys from
+each block of queries with the keys it sees. Linear attention of many tokens goes through its state (`codegen.torch_state`). Everything
+else is matrix products, block by block. Where a mask chooses blocks of keys from
 the data, these are gathered first (`codegen.gathered`), and both ways work on what was gathered.
 """
 
@@ -16,11 +17,13 @@ import torch
 from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
+from codegen.contraction_order import Sizes, state_plan
 from codegen.fused_block import fused_block
 from codegen.gathered import Gathered, gathered
 from codegen.masks import split_mask, static_key
 from codegen.score_block import ScoreBlock, linear_score, weighted_sum
 from codegen.tensor_reads import accumulation_dtype
+from codegen.torch_state import StateReads, state_forward
 from codegen.visits import Plan, Visit, best_plan, visits
 from codegen.weight_form import split_visits
 from rewrite.ir.expression import letters
@@ -67,6 +70,11 @@ def attend_forward(
     lse, of the scores that a query sees: the logarithm of the softmax's denominator, the sink's part included, -inf for a query that sees
     no key; of the scores' sum for "sum", -inf where that is not positive; 0 for "none".
     """
+    plan = state_plan(attend, Sizes.of(query, key, value))
+    if plan is not None:
+        out, lse = output_like(query, value)
+        state_forward(StateReads(attend, (query, key, value), tensors), plan, (out, lse))
+        return out, lse
     linear, chosen = _fused_score(attend), gathered(attend, query, key, tensors)
     if linear is not None and query.device.type == "cpu":
         return _fused(attend, linear, (query, key, value), tensors, chosen)

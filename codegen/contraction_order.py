@@ -1,0 +1,141 @@
+"""Which side of a linear attention is contracted first, and in what chunks: by closed forms of the multiply-adds in a call's sizes.
+
+    (queries keys^T) values    B H pairs (D + Dv)
+    queries (keys^T values)    B (H Nq + Hs Nk) F V  +  B H diagonal (F + V)
+
+F are the features of a query or key and V the columns of a state (`codegen.state_form`), Hs the heads that have a state of their own,
+`pairs` those of a query and a key that it sees, `diagonal` those that a chunk of queries multiplies before they go into the state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+import sympy
+import torch
+
+from codegen.state_form import StateForm, state_form
+from rewrite.ir.operations import Attend
+from rewrite.ir.semantics import evaluate_expression, positions
+
+_B, _H, _HS, _NQ, _NK, _D, _DV, _F, _V, _C, _PAIRS, _DIAGONAL = _SYMBOLS = sympy.symbols(
+    "B H Hs Nq Nk D Dv F V C pairs diagonal", positive=True
+)
+QUADRATIC = _B * _H * _PAIRS * (_D + _DV)
+STATE = _B * (_H * _NQ + _HS * _NK) * _F * _V + _B * _H * _DIAGONAL * (_F + _V)
+
+# In multiply-adds, taking 50 of them for a nanosecond of 2 CPU cores (`codegen.visits` has measured 30 ns for 1536): some thirty calls of
+# 10 us for a chunk, and 0.4 ns for the eight bytes read and eight written of an entry of the state.
+COST_OF_A_CHUNK = 15_000_000
+COST_OF_AN_ENTRY = 20
+_OF_CHUNKS = _B * _H * _NQ * _C * (_F + _V) + _NQ / _C * (COST_OF_A_CHUNK + COST_OF_AN_ENTRY * _B * _HS * _F * _V)
+# The chunk at which the cost is least.
+_BEST_CHUNK = sympy.solve(sympy.diff(_OF_CHUNKS, _C), _C)[0]
+# Below 16 a product no longer amortises its operands; above 256 the scores of a chunk leave the cache.
+CHUNKS = (16, 256)
+# Entries of features held at a time where nothing limits a chunk: 16 MiB in float32, as for scores.
+FEATURES_AT_A_TIME = 1 << 22
+
+_quadratic, _state, _best_chunk = (
+    sympy.lambdify(_SYMBOLS, formula, "math") for formula in (QUADRATIC, STATE, _BEST_CHUNK)
+)  # fmt: skip
+
+
+class Sizes(NamedTuple):
+    """Of one call: query [batch, heads, n_queries, head_dim], key and value with `key_heads`, n_keys and value_dim."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    n_queries: int
+    n_keys: int
+    head_dim: int
+    value_dim: int
+
+    @classmethod
+    def of(cls, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sizes:
+        batch, heads, n_queries, head_dim = query.shape
+        return cls(batch, heads, key.shape[1], n_queries, key.shape[2], head_dim, value.shape[3])
+
+
+class Step(NamedTuple):
+    """A chunk of queries. rows: a slice, or positions [n] int64 on the CPU. before: how many keys the state holds that all of them see;
+    until: how many keys any of them sees; those between are multiplied pair by pair."""
+
+    rows: slice | torch.Tensor
+    before: int
+    until: int
+
+    @property
+    def n_rows(self) -> int:
+        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+
+class StatePlan(NamedTuple):
+    """The chunks in the order in which the state grows, and the numbers that `STATE` needs beside a call's sizes."""
+
+    steps: tuple[Step, ...]
+    counts: dict[str, int]
+
+
+def _rounded(chunk: float) -> int:
+    """The nearest power of two within `CHUNKS`."""
+    low, high = CHUNKS
+    return max(low, min(high, 1 << round(math.log2(max(1.0, chunk)))))
+
+
+def limits(form: StateForm, n_queries: int, n_keys: int) -> torch.Tensor:
+    """[Nq] int64 on the CPU: how many of the first keys each query sees."""
+    limit = sympy.Integer(n_keys) if form.limit is None else form.limit
+    found = torch.as_tensor(evaluate_expression(limit, positions(n_queries, n_keys, torch.device("cpu"))))
+    return found.to(torch.int64).clamp(0, n_keys).flatten().expand(n_queries)
+
+
+@lru_cache(maxsize=512)
+def state_plan(attend: Attend, sizes: Sizes) -> StatePlan | None:
+    """The plan by which a call computes the operation through its state; None where pair by pair is cheaper, or the only way."""
+    form = state_form(attend)
+    if isinstance(form, str) or not all(sizes):
+        return None
+    # Few queries, as in decoding: nothing has to be looked at.
+    whole = {"pairs": sizes.n_queries * sizes.n_keys}
+    if _value(_quadratic, sizes, whole) <= _value(_state, sizes, _counts(form, sizes, 0)):
+        return None
+    if form.limit is None:
+        chunk = max(1, FEATURES_AT_A_TIME // (sizes.batch * sizes.heads * form.width(sizes.head_dim)))
+    else:
+        chunk = _rounded(_value(_best_chunk, sizes, _counts(form, sizes, 0)))
+        whole = {"pairs": int(limits(form, sizes.n_queries, sizes.n_keys).sum())}
+    plan = chunked(form, sizes, chunk)
+    return plan if _value(_state, sizes, plan.counts) < _value(_quadratic, sizes, whole) else None
+
+
+def chunked(form: StateForm, sizes: Sizes, chunk: int) -> StatePlan:
+    """The plan that takes `chunk` queries at a time."""
+    steps = _steps(limits(form, sizes.n_queries, sizes.n_keys), chunk)
+    return StatePlan(steps, _counts(form, sizes, sum(step.n_rows * (step.until - step.before) for step in steps)))
+
+
+def _counts(form: StateForm, sizes: Sizes, diagonal: int) -> dict[str, int]:
+    own = sizes.key_heads if form.shares_keys else sizes.heads
+    return {"Hs": own, "F": form.width(sizes.head_dim), "V": sizes.value_dim + form.totals, "diagonal": diagonal}
+
+
+def _value(formula: Callable[..., float], sizes: Sizes, counts: Mapping[str, int]) -> float:
+    """A formula at the sizes of a call; what it does not depend on need not be known."""
+    batch, heads, _, n_queries, n_keys, head_dim, value_dim = sizes
+    known = {"B": batch, "H": heads, "Nq": n_queries, "Nk": n_keys, "D": head_dim, "Dv": value_dim, **counts}
+    return formula(*(known.get(symbol.name, 0) for symbol in _SYMBOLS))
+
+
+def _steps(seen: torch.Tensor, chunk: int) -> tuple[Step, ...]:
+    """Chunks of queries, in an order in which what they see grows."""
+    n_queries = len(seen)
+    if bool((seen.diff() >= 0).all()):
+        starts = range(0, n_queries, chunk)
+        return tuple(Step(slice(at, min(at + chunk, n_queries)), int(seen[at]), int(seen[min(at + chunk, n_queries) - 1])) for at in starts)
+    order = seen.argsort(stable=True)
+    return tuple(Step(rows, int(seen[rows[0]]), int(seen[rows[-1]])) for rows in torch.split(order, chunk))
