@@ -27,8 +27,7 @@ from rich.progress import track
 from torch.nn import functional
 
 import codegen
-from codegen.operator import attend_op
-from rewrite.ir import NK, NQ, QK, Attend, Body, I, J, Program, Site, TokenLayout, parse_pass
+from rewrite.ir import NK, NQ, QK, Attend, Body, I, J, Operation, Program, Site, TokenLayout, parse_pass
 from rewrite.ir.semantics import evaluate_operation
 from rewrite.ir.statistic import Statistic
 
@@ -73,26 +72,40 @@ def operands(tokens: int) -> Values:
     return values
 
 
+def _step(operation: Operation) -> Callable[[Values, Values], None]:
+    """One operation, as a call of a lowered graph: what its text says is worked out beforehand. It adds to the values, and to the lse."""
+    if isinstance(operation, Attend):
+        attend, text, names = operation, operation.to_json(), list(operation.tensors())
+
+        def attention(held: Values, lse: Values) -> None:
+            tensors = [held[name] for name in names]
+            held[attend.result], lse[text] = torch.ops.rewrite.attend(
+                held[attend.query], held[attend.key], held[attend.value], tensors, text
+            )
+
+        return attention
+    if isinstance(operation, Statistic):
+        read, own, made, wanted = operation, operation.to_json(), operation.attend.to_json(), list(operation.tensors())
+
+        def sums(held: Values, lse: Values) -> None:
+            operands = held[read.attend.query], held[read.attend.key], [held[name] for name in wanted]
+            held[read.result] = torch.ops.rewrite.attention_statistic(*operands, lse.get(made), own)
+
+        return sums
+    return lambda held, _: evaluate_operation(operation, held)
+
+
 def body_run(body: Body, values: Values) -> Run:
     """The body as the CPU lowering computes it; an attention's log-sum-exp is handed to the statistics of the same attention."""
     with_parameters = dict(values)
     for parameter in body.parameters:
         with_parameters[parameter.name] = torch.zeros(parameter.shape)
+    steps = [_step(operation) for operation in body.operations]
 
     def run() -> torch.Tensor:
         held, lse = dict(with_parameters), {}
-        for operation in body.operations:
-            if isinstance(operation, Attend):
-                tensors = [held[name] for name in operation.tensors()]
-                text = operation.to_json()
-                held[operation.result], lse[text] = attend_op(
-                    held[operation.query], held[operation.key], held[operation.value], tensors, text
-                )
-            elif isinstance(operation, Statistic):
-                made = operation.attend
-                held[operation.result] = codegen.statistic(operation, held[made.query], held[made.key], held, lse.get(made.to_json()))
-            else:
-                evaluate_operation(operation, held)
+        for step in steps:
+            step(held, lse)
         return held[body.result]
 
     return run

@@ -6,6 +6,7 @@ import sympy
 import torch
 
 from codegen.score_block import ScoreBlock
+from codegen.visits import Visit
 
 
 def fused_block(
@@ -14,11 +15,15 @@ def fused_block(
     """(out [B, H, rows, D], lse [B, H, rows]) of the block's own query [B, H, rows, D], key and value [B, Hkv, columns, D]."""
     query = operands[0]
     key, value = (_every_head(operand, query.shape[1]) for operand in operands[1:])
-    bias = _bias(block, rest, query.dtype)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, attn_mask=bias, scale=scale)
+    bias, causal = _bias(block, rest, query.dtype), isinstance(block.visit, Visit) and block.visit.causal
+    spread = None if bias is None else bias.expand(*bias.shape[:2], query.shape[2], key.shape[2])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, attn_mask=spread, is_causal=causal, scale=scale
+    )
     # Rows that see no key come back with whatever log-sum-exp the operator likes; only then is the bias looked through.
-    if bias is not None and bool(((lse == 0) | ~lse.isfinite()).any()):
-        empty = bias.amax(-1) == -torch.inf
+    if spread is not None and bool(((lse == 0) | ~lse.isfinite()).any()):
+        # Under a causal mask the bias is the same for all queries, and hides every key up to the query's own.
+        empty = (spread[:, :, 0] > -torch.inf).cumsum(-1) == 0 if causal else spread.amax(-1) == -torch.inf
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
     if block.attend.sink is not None:
         out, lse = _with_sink(out, lse, block.filled(block.attend.sink, lse[..., None])[..., 0])
@@ -27,26 +32,20 @@ def fused_block(
 
 def _every_head(tensor: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, Hkv, n, D] -> [B, H, n, D], each key head repeated for the query heads that share it."""
-    batch, key_heads, n, width = tensor.shape
-    shared = tensor[:, :, None].expand(batch, key_heads, heads // key_heads, n, width)
-    return tensor if key_heads == heads else shared.reshape(batch, heads, n, width)
+    return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
 
 def _bias(block: ScoreBlock, rest: sympy.Expr, dtype: torch.dtype) -> torch.Tensor | None:
-    """What is added to the scaled dot product, [1 or B, 1 or H, rows, columns]; None for nothing."""
-    size = (block.values["i"].shape[2], block.values["j"].shape[3])
-    bias = None
+    """What is added to the scaled dot product, [1 or B, 1 or H, 1 or rows, 1 or columns]; None for nothing."""
+    bias, hidden = None, block.hidden()
     if rest != 0:
         bias = torch.as_tensor(block.evaluate(rest), dtype=dtype, device=block.values["i"].device)
         bias = bias.view((1,) * (4 - bias.dim()) + bias.shape)
-        bias = bias.expand(*bias.shape[:2], *size)
-    hidden = block.hidden()
     if hidden is None:
         return bias
     hidden = hidden.view((1,) * (4 - hidden.dim()) + hidden.shape)
-    if bias is None:
-        return torch.zeros(*hidden.shape[:2], *size, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
-    return bias.masked_fill(hidden, -torch.inf)
+    none = torch.zeros((), dtype=dtype, device=hidden.device)
+    return torch.where(hidden, -torch.inf, none if bias is None else bias)
 
 
 def _with_sink(out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,6 +51,15 @@ def visible_rows(
 
 
 @lru_cache(maxsize=256)
+def is_lower_triangle(static: str, n_queries: int, n_keys: int) -> bool:
+    """Whether, of as many queries as keys, each sees exactly the keys up to its own, whatever the mask says at other sizes."""
+    if static == "true" or n_queries != n_keys or not n_queries:
+        return False
+    keys = torch.arange(n_keys)
+    return all(torch.equal(seen, keys <= rows[:, None]) for rows, seen in visible_rows(static, n_queries, n_keys))
+
+
+@lru_cache(maxsize=256)
 def _count(static: str, n_queries: int, n_keys: int) -> int:
     return sum(int(seen.sum()) for _, seen in visible_rows(static, n_queries, n_keys))
 

@@ -6,7 +6,7 @@ Forward and backward read the same block: the expressions of the IR evaluated on
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import sympy
@@ -74,15 +74,22 @@ class ScoreBlock:
         """query [B, H, Nq, D], key [B, Hkv, Nk, D] whole; only the visited part of them and of the tensors is read."""
         self.dtype = accumulation_dtype(query.dtype)
         self.attend, self.visit = attend, visit
-        self.values: dict[str, Any] = dict(visit.values) if isinstance(visit, GatheredVisit) else _positions(query, key, visit)
+        self._operands = query, key, tensors
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """Read when they are first asked for: a plain attention never does."""
+        attend, visit, (query, key, tensors) = self.attend, self.visit, self._operands
+        found: dict[str, Any] = dict(visit.values) if isinstance(visit, GatheredVisit) else _positions(query, key, visit)
         unread = {name for mix in attend.mixes for name in (mix.matrix, mix.bias)}
         if isinstance(visit, GatheredVisit) and attend.choice is not None:
             unread.add(attend.choice.tensor)
-        places = dict(self.values)
+        places = dict(found)
         for name, indices in attend.tensors().items():
             if name not in unread:
                 part = read_block(tensors[name], indices, places, visit)
-                self.values[name] = part.to(self.dtype) if part.is_floating_point() else part
+                found[name] = part.to(self.dtype) if part.is_floating_point() else part
+        return found
 
     def read_dot(self, query: torch.Tensor, key: torch.Tensor) -> None:
         """Set qk from the visited rows of query and key, in the accumulation dtype."""

@@ -20,13 +20,13 @@ from codegen.attention_block import AttentionBlock
 from codegen.contraction_order import Sizes, state_plan
 from codegen.fused_block import fused_block
 from codegen.gathered import Gathered, gathered
-from codegen.masks import split_mask, static_key
+from codegen.masks import is_lower_triangle, split_mask, static_key
 from codegen.score_block import ScoreBlock, linear_score, weighted_sum
 from codegen.tensor_reads import accumulation_dtype
 from codegen.torch_state import StateReads, state_forward
 from codegen.visits import Plan, Visit, best_plan, visits
 from codegen.weight_form import split_visits
-from rewrite.ir.expression import letters
+from rewrite.ir.expression import I, letters
 from rewrite.ir.operations import Attend
 
 # Scores held at a time, 16 MiB in float32: about what two cores have as last-level cache.
@@ -54,6 +54,11 @@ def output_like(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor,
     batch, heads, n_queries, _ = query.shape
     out = query.new_empty(batch, n_queries, heads, value.shape[3]).transpose(1, 2)
     return out, query.new_empty(batch, heads, n_queries, dtype=torch.float32)
+
+
+def laid_out(out: torch.Tensor) -> torch.Tensor:
+    """out [B, H, Nq, Dv] as `output_like` would have it."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @lru_cache(maxsize=1024)
@@ -94,13 +99,17 @@ def attend_forward(
     return out, lse
 
 
+@lru_cache(maxsize=256)
 def _fused_visits(attend: Attend, rest: sympy.Expr, n_queries: int, n_keys: int, device: torch.device) -> tuple[Visit, ...]:
-    """All at once where torch takes the bias as it is; blocks where the mask leaves keys out or a bias has to be made."""
-    static, dynamic = split_mask(attend.mask)
-    key = static_key(attend.mask)
-    if static != sympy.true:
+    """All at once where torch takes mask and bias as they are; blocks where the mask leaves keys out or a bias has to be made."""
+    dynamic, key = split_mask(attend.mask)[1], static_key(attend.mask)
+    # What is added to every query's scores alike is a row, which torch spreads by itself.
+    one_row = I not in rest.free_symbols | dynamic.free_symbols
+    if one_row and is_lower_triangle(key, n_queries, n_keys):
+        return (Visit(slice(0, n_queries), slice(0, n_keys), None, causal=True),)
+    if key != "true":
         return visits(key, n_queries, n_keys, best_plan(key, n_queries, n_keys), device)
-    ready = dynamic == sympy.true and (rest == 0 or (isinstance(rest, sympy.Indexed) and letters(rest.indices) is not None))
+    ready = one_row or (dynamic == sympy.true and isinstance(rest, sympy.Indexed) and letters(rest.indices) is not None)
     return visits(key, n_queries, n_keys, Plan(max(1, n_queries) if ready else FUSED_ROWS), device)
 
 
@@ -117,8 +126,11 @@ def _fused(
     # The fused operator takes one head dim for all three; zeros change neither a dot product nor the columns that are kept.
     widest = max(query.shape[3], width)
     query, key, value = (functional.pad(t, (0, widest - t.shape[3])) if t.shape[3] < widest else t for t in (query, key, value))
-    out, lse = output_like(query, value[..., :width])
     planned = _fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
+    if chosen is None and len(planned) == 1 and planned[0].is_whole(n_queries, n_keys):
+        part, total = fused_block(ScoreBlock(attend, query, key, tensors, planned[0]), (query, key, value), scale, rest)
+        return laid_out(part[..., :width]), total.to(torch.float32, memory_format=torch.contiguous_format)
+    out, lse = output_like(query, value[..., :width])
     if chosen is not None:
         _attend_gathered(attend, linear, chosen, (query, key, value), tensors, (out, lse))
     elif sum(visit.n_queries for visit in planned) < n_queries:

@@ -34,16 +34,22 @@ class Visit(NamedTuple):
     """A block of queries and its keys.
 
     rows: the queries, a slice where they are consecutive, else positions [n] int64. columns: the keys that any of them sees, likewise.
-    seen: which of them each query sees [rows, columns] bool, or None if every query sees all.
+    seen: which of them each query sees [rows, columns] bool, or None if every query sees all. causal: instead of `seen`, where rows and
+    columns are all there are: every query sees the keys up to its own.
     """
 
     rows: slice | torch.Tensor
     columns: slice | torch.Tensor
     seen: torch.Tensor | None
+    causal: bool = False
 
     @property
     def n_queries(self) -> int:
         return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+
+    def is_whole(self, n_queries: int, n_keys: int) -> bool:
+        """Whether these are all queries and all keys."""
+        return isinstance(self.rows, slice) and self.n_queries == n_queries and self.columns == slice(0, n_keys)
 
     def keys(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """The tensor at the visited keys; an axis of size 1 is left as it is."""

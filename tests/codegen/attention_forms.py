@@ -33,6 +33,11 @@ def causal() -> Attend:
     return replace(plain(), mask=sympy.Le(J, I + (NK - NQ)))
 
 
+def padded() -> Attend:
+    """What is later is hidden, and so is padding: the first queries may see no key."""
+    return replace(biased("bhj"), mask=sympy.And(causal().mask, sympy.Ne(tensor("mask", "bj"), 0)))
+
+
 def softcap() -> Attend:
     return replace(plain(), score=30 * sympy.tanh(SCALE * QK / 30), mask=sympy.Le(J, I + (NK - NQ)))
 

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import attention_forms as forms
 import pytest
+import sympy
 import torch
 from attention_forms import Shape, operands
 from budget import expected, expected_lse, output_budget
+from sympy.logic.boolalg import Boolean
 from test_interpreter import ANY_SIZE, DTYPES, NEIGHBOURHOODS, NOT_STREAMED, STREAMED
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,12 +18,15 @@ from codegen import torch_streaming
 from codegen.operator import attend, attend_op
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
-from rewrite.ir import Attend, RewriteError, semantics
+from rewrite.ir import Attend, I, J, RewriteError, semantics
 
 FORMS: dict[str, tuple[Attend, Shape]] = {
     **{name: (build(), Shape()) for name, build in ANY_SIZE.items()},
     **{name: (form, Shape(n_queries=n, n_keys=n)) for name, (form, n) in NEIGHBOURHOODS.items()},
     "more queries than keys": (forms.causal(), Shape(n_queries=53, n_keys=37)),
+    "as many queries as keys": (forms.causal(), Shape(n_queries=300, n_keys=300)),
+    "padded": (forms.padded(), Shape(n_queries=43, n_keys=43)),
+    "padded, with sinks": (replace(forms.padded(), sink=forms.sinks("h").sink), Shape(n_queries=43, n_keys=43)),
     "one token": (forms.causal(), Shape(1, 2, 1, 1, 1)),
     "one query": (forms.grouped(), Shape(n_queries=1)),
     "wide values": (forms.biased("hij"), Shape(value_dim=24)),
@@ -192,6 +197,30 @@ def test_no_map_is_made(operation: Attend) -> None:
     # 256 queries at a time, times keys and heads; 512 for a bias that torch's fused attention is given.
     assert forward.elements <= 512 * n * 2 < n * n
     assert backward.elements <= 256 * n * 2
+
+
+class Calls(TorchDispatchMode):
+    """Whether torch's fused attention was asked for a causal one, call by call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.causal: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if function is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.causal.append(args[4:5] == (True,))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mask", [forms.causal().mask, sympy.And(J <= I, I - J < 50), forms.padded().mask])
+def test_a_causal_attention_is_one_call(mask: Boolean) -> None:
+    """torch skips what is later by itself, at sizes where the mask says no more than that, whether or not keys are hidden besides."""
+    operation = replace(forms.plain(), mask=mask)
+    for n, once in ((43, True), (60, not mask.has(50))):
+        values = operands(operation, Shape(n_queries=n, n_keys=n))
+        with Calls() as calls:
+            attend_forward(operation, values["query"], values["key"], values["value"], values)
+        assert (calls.causal == [True]) == once
 
 
 def test_operands_that_do_not_fit_are_refused() -> None:
