@@ -78,7 +78,7 @@ def walk_of(compiled: CompiledKernel) -> int:
 
 def kernels(attend: Attend, head_dim: int, target: str) -> Iterator[tuple[str, CompiledKernel, Tile]]:
     """(which, compiled, its tile) of the forward, and of both backward kernels where there are any."""
-    yield "forward", emit(attend).compile(target, torch.bfloat16, head_dim), tile_for(head_dim, head_dim, 2)
+    yield "forward", emit(attend).compile(target, torch.bfloat16, head_dim), tile_for(head_dim, head_dim, 2, CAPABILITIES[target])
     # A statistic's gradients are torch operators: the backward of its exchanged attention is never called.
     if attend != VARIANTS[STATISTIC] and has_triton_backward(attend) is None:
         tiles = backward_tiles(head_dim, head_dim, 2, is_crowded(attend), CAPABILITIES[target])

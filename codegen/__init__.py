@@ -10,9 +10,11 @@ from codegen.multiply_adds import computed_multiply_adds, multiply_adds_formula
 from codegen.operator import attend
 from codegen.served import kernel_attention, reason_without_kernel
 from codegen.statistics_operator import statistic
+from codegen.tuning import Autotuning
 
 __all__ = [
     "TARGETS",
+    "Autotuning",
     "BackwardKernel",
     "CompiledKernel",
     "Kernel",

@@ -144,7 +144,7 @@ def _launch(queries: QueriesKernel, keys: KeysKernel) -> list[str]:
             initial_indent="    ",
             subsequent_indent="    ",
         ),
-        "    tiles: a codegen.tiles.BackwardTiles; by default those for the head dim.",
+        "    tiles: a codegen.tiles.BackwardTiles; by default those for the head dim and the device.",
         '    """',
         "    check_launch(query, key, value)",
         "    check_gradients(out, d_out, (d_query, d_key, d_value))",

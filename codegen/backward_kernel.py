@@ -12,7 +12,9 @@ import torch
 
 from codegen.backward_file import backward_name, backward_source, reason_against_backward
 from codegen.cache import load, store
-from codegen.compilation import CompiledKernel, compile_backward
+from codegen.compilation import CompiledKernel, capability_of, compile_backward
+from codegen.kernel_reads import Owner
+from codegen.tiles import BackwardTiles
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.operations import Attend
 
@@ -43,21 +45,23 @@ class BackwardKernel:
         head_dim: int = 64,
         value_dim: int | None = None,
         tensor_dtypes: Mapping[str, torch.dtype] | None = None,
-    ) -> dict[str, CompiledKernel]:
+        tiles: BackwardTiles | None = None,
+    ) -> dict[Owner, CompiledKernel]:
         """Compile ahead of time; needs no GPU. {"queries": ..., "keys": ...}, with every gradient they can give.
 
-        Arguments and errors are those of `codegen.kernel.Kernel.compile`.
+        tiles: by default the table's. Other arguments and errors are those of `codegen.kernel.Kernel.compile`.
         """
         attend = Attend.from_json(self.attend_json)
         return compile_backward(
             self.load(),
             self.name,
             attend,
-            target=target,
+            capability=capability_of(target),
             dtype=dtype,
             head_dim=head_dim,
             value_dim=value_dim or head_dim,
             tensor_dtypes=tensor_dtypes or {},
+            tiles=tiles,
         )
 
 

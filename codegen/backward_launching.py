@@ -6,7 +6,7 @@ import torch
 
 from codegen.backward_sums import GradientSums
 from codegen.block_list import block_list, transposed_block_list
-from codegen.launching import broadcast_strides, check_launch, dot_precision
+from codegen.launching import broadcast_strides, capability, check_launch, dot_precision
 from codegen.tiles import BackwardTiles, backward_tiles, power_of_two
 from rewrite.ir.errors import RewriteError
 
@@ -23,18 +23,6 @@ __all__ = [
     "power_of_two",
     "transposed_block_list",
 ]
-
-
-# Where Triton interprets, on a CPU, any tile will do; this is the one that kernels are compiled for by default.
-_INTERPRETED = 90
-
-
-def capability(device: torch.device) -> int:
-    """Of a CUDA device, 90 for sm_90 and so on."""
-    if device.type != "cuda":
-        return _INTERPRETED
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def check_gradients(out: torch.Tensor, d_out: torch.Tensor, given: tuple[torch.Tensor, ...]) -> None:

@@ -52,15 +52,31 @@ def store(name: str, source: str) -> Path:
     """The path of the file with this kernel's source, written if it is not there."""
     path = cache_directory() / f"{name}_{content_hash(source)}.py"
     if not path.exists():
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(source)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_whole(path, source)
     return path
+
+
+def write_whole(path: Path, text: str, over: bool = True) -> None:
+    """Write a file so that nobody sees half of it. over: replace one that is there, else the first writer's stays."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        if over or not _linked(temporary, path):
+            os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _linked(temporary: str, path: Path) -> bool:
+    """Give a file its name unless the name is taken; False where the file system has no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 class _VerifiedLoader(SourceFileLoader):

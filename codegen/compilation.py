@@ -16,7 +16,7 @@ from codegen.backward_block import BackwardBlock, is_crowded, row_facts, way_of
 from codegen.kernel_reads import Owner, axis_names
 from codegen.launching import dot_precision
 from codegen.names import identifiers
-from codegen.tiles import Tile, backward_tiles, power_of_two, tile_for
+from codegen.tiles import BackwardTiles, Tile, backward_tiles, power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import tensors_in
 from rewrite.ir.operations import Attend
@@ -31,7 +31,11 @@ _TYPES: Mapping[torch.dtype, str] = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float64: "fp64",
     torch.bool: "i1",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -83,16 +87,19 @@ def compile_kernel(
     name: str,
     attend: Attend,
     *,
-    target: str,
+    capability: int,
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
     tensor_dtypes: Mapping[str, torch.dtype],
+    tile: Tile | None,
 ) -> CompiledKernel:
     """Compile the function `name` of an emitted module; see `codegen.kernel.Kernel.compile`."""
-    _require(target, dtype)
-    call = _Call(module, name, attend, dtype, (head_dim, value_dim), tile_for(head_dim, value_dim, dtype.itemsize), tensor_dtypes)
-    return call.compiled(target, {"query": dtype, "key": dtype, "value": dtype, "out": dtype, "lse": torch.float32}, {"lse_stride_i": 1})
+    _require(dtype)
+    tile = tile or tile_for(head_dim, value_dim, dtype.itemsize, capability)
+    call = _Call(module, name, attend, dtype, (head_dim, value_dim), tile, tensor_dtypes)
+    types = dict.fromkeys(("query", "key", "value", "out"), dtype) | {"lse": torch.float32}
+    return call.compiled(capability, types, {"lse_stride_i": 1})
 
 
 # What the tensors' gradients are compiled as: summed by what the letters of their axes allow.
@@ -104,30 +111,39 @@ def compile_backward(
     name: str,
     attend: Attend,
     *,
-    target: str,
+    capability: int,
     dtype: torch.dtype,
     head_dim: int,
     value_dim: int,
     tensor_dtypes: Mapping[str, torch.dtype],
-) -> dict[str, CompiledKernel]:
-    """Compile both backward kernels of an emitted module; see `codegen.backward_kernel.BackwardKernel.compile`."""
-    _require(target, dtype)
-    tiles = backward_tiles(head_dim, value_dim, dtype.itemsize, is_crowded(attend), TARGETS[target])
+    tiles: BackwardTiles | None,
+    only: Owner | None = None,
+) -> dict[Owner, CompiledKernel]:
+    """Compile both backward kernels of an emitted module; see `codegen.backward_kernel.BackwardKernel.compile`. only: one of the two."""
+    _require(dtype)
+    tiles = tiles or backward_tiles(head_dim, value_dim, dtype.itemsize, is_crowded(attend), capability)
     types = dict.fromkeys(("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value"), dtype)
     types |= dict.fromkeys(("lse", "d_lse", *(f"row_{fact}" for fact in row_facts(attend))), torch.float32)
-    found: dict[str, CompiledKernel] = {}
+    found: dict[Owner, CompiledKernel] = {}
     owners: tuple[tuple[Owner, Tile], ...] = (("queries", tiles.queries), ("keys", tiles.keys))
     for place, (owner, tile) in enumerate(owners):
+        if only not in (None, owner):
+            continue
         call = _Call(module, f"{name}_{owner}", attend, dtype, (head_dim, value_dim), tile, tensor_dtypes)
         gradients = BackwardBlock(attend, owner).gradients
         ways: dict[str, int | str] = {f"{gradient}_by": _WAYS[way_of(attend, tensor)][place] for tensor, gradient in gradients.items()}
-        found[owner] = call.compiled(target, types | dict.fromkeys(gradients.values(), torch.float32), ways)
+        found[owner] = call.compiled(capability, types | dict.fromkeys(gradients.values(), torch.float32), ways)
     return found
 
 
-def _require(target: str, dtype: torch.dtype) -> None:
+def capability_of(target: str) -> int:
+    """90 for "sm_90". Raises `RewriteError` for what is none of `TARGETS`."""
     if target not in TARGETS:
         raise RewriteError(f"no such target: {target!r}; kernels are compiled for {', '.join(TARGETS)}")
+    return TARGETS[target]
+
+
+def _require(dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RewriteError(f"no attention kernel for {dtype}; use float32, float16 or bfloat16")
 
@@ -144,7 +160,7 @@ class _Call:
     tile: Tile
     tensor_dtypes: Mapping[str, torch.dtype]
 
-    def compiled(self, target: str, types: Mapping[str, torch.dtype], more: Mapping[str, int | str]) -> CompiledKernel:
+    def compiled(self, capability: int, types: Mapping[str, torch.dtype], more: Mapping[str, int | str]) -> CompiledKernel:
         """types: of what the skeleton reads and writes. more: constants beside those that every kernel has."""
         import triton
         from triton.backends.compiler import GPUTarget
@@ -180,11 +196,11 @@ class _Call:
         aligned = [(function.arg_names.index(argument),) for argument in given]
         source = ASTSource(function, signature, constants, {index: [["tt.divisibility", 16]] for index in aligned})
         options = {"num_warps": tile.warps, "num_stages": tile.stages}
-        compiled = triton.compile(source, target=GPUTarget("cuda", TARGETS[target], WARP), options=options)
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, WARP), options=options)
         used = _used(compiled.asm["cubin"])
         return CompiledKernel(
-            target, self.dtype, head_dim, used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared, compiled.asm["ptx"],
-            compiled.asm["cubin"],
+            f"sm_{capability}", self.dtype, head_dim, used["REG"], used["STACK"] + used["LOCAL"], compiled.metadata.shared,
+            compiled.asm["ptx"], compiled.asm["cubin"],
         )  # fmt: skip
 
 

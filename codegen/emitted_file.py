@@ -73,7 +73,7 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
 
 def _imports(kernel: StreamingKernel) -> list[str]:
     listed, split = ["block_list"] if kernel.listed else [], ["join", "partial_results", "pieces_for"] if kernel.splits else []
-    needed = sorted([*listed, *split, "broadcast_strides", "check_launch", "dot_precision", "power_of_two", "tile_for"])
+    needed = sorted([*listed, *split, "broadcast_strides", "capability", "check_launch", "dot_precision", "power_of_two", "tile_for"])
     wrapped = textwrap.wrap(", ".join(needed) + ",", 120, initial_indent="    ", subsequent_indent="    ")
     return ["import triton", "import triton.language as tl", "from codegen.launching import (", *wrapped, ")", "", ""]
 
@@ -98,13 +98,13 @@ def _launch(kernel: StreamingKernel) -> list[str]:
             initial_indent="    ",
             subsequent_indent="    ",
         ),
-        "    tile: a codegen.tiles.Tile; by default the one for the head dim.",
+        "    tile: a codegen.tiles.Tile; by default the one for the head dim and the device.",
         *(["    pieces: programs that share the keys of a tile; by default as many as fill the device."] if kernel.splits else []),
         '    """',
         "    check_launch(query, key, value)",
         "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
         *unpack,
-        "    tile = tile or tile_for(D, DV, query.element_size(), n_queries=Nq)",
+        "    tile = tile or tile_for(D, DV, query.element_size(), capability(query.device), n_queries=Nq)",
         *([listed] if kernel.listed else []),
         "    programs = triton.cdiv(Nq, tile.block_q) * B * H",
         *(_SPLIT if kernel.splits else []),

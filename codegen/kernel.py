@@ -11,8 +11,9 @@ from types import ModuleType
 import torch
 
 from codegen.cache import load, store
-from codegen.compilation import CompiledKernel, compile_kernel
+from codegen.compilation import CompiledKernel, capability_of, compile_kernel
 from codegen.emitted_file import kernel_name, streaming_source
+from codegen.tiles import Tile
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.operations import Attend
 
@@ -43,11 +44,13 @@ class Kernel:
         head_dim: int = 64,
         value_dim: int | None = None,
         tensor_dtypes: Mapping[str, torch.dtype] | None = None,
+        tile: Tile | None = None,
     ) -> CompiledKernel:
         """Compile ahead of time; needs no GPU.
 
         target: "sm_80", "sm_90" or "sm_100". dtype: of query, key and value. value_dim: head_dim if None. tensor_dtypes: of the other
-        tensors by name; by default int32 for the groups, bool for what only a predicate reads, `dtype` for the rest.
+        tensors by name; by default int32 for the groups, bool for what only a predicate reads, `dtype` for the rest. tile: by default the
+        table's.
         Raises `RewriteError` for an unknown target or dtype, or under TRITON_INTERPRET.
         """
         attend = Attend.from_json(self.attend_json)
@@ -55,11 +58,12 @@ class Kernel:
             self.load(),
             self.name,
             attend,
-            target=target,
+            capability=capability_of(target),
             dtype=dtype,
             head_dim=head_dim,
             value_dim=value_dim or head_dim,
             tensor_dtypes=tensor_dtypes or {},
+            tile=tile,
         )
 
 

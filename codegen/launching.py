@@ -13,6 +13,7 @@ __all__ = [
     "Tile",
     "block_list",
     "broadcast_strides",
+    "capability",
     "check_launch",
     "dot_precision",
     "join",
@@ -23,6 +24,17 @@ __all__ = [
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+# Where Triton interprets, on a CPU, any tile will do; this is the one that kernels are compiled for by default.
+_INTERPRETED = 90
+
+
+def capability(device: torch.device) -> int:
+    """Of a CUDA device, 90 for sm_90 and so on."""
+    if device.type != "cuda":
+        return _INTERPRETED
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def broadcast_strides(tensor: torch.Tensor) -> tuple[int, ...]:

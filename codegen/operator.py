@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from codegen.backward_kernel import backward_kernel_for, has_triton_backward
+from codegen.backward_kernel import has_triton_backward
 from codegen.contraction_order import Sizes, state_plan
-from codegen.kernel import has_triton_form, kernel_for
+from codegen.kernel import has_triton_form
 from codegen.operands import named_operands, require_attention
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
+from codegen.tuned_launch import launch_attention, launch_backward
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.operations import Attend
 
@@ -62,7 +63,7 @@ def _attend_cuda(
     out, lse = output_like(query, value)
     if out.numel():
         with torch.cuda.device(query.device):
-            kernel_for(attend).load().launch(_rows(query), _rows(key), _rows(value), tensors, out, lse)
+            launch_attention(attend, (_rows(query), _rows(key), _rows(value)), tensors, out, lse)
     return out, lse
 
 
@@ -113,13 +114,11 @@ def _attend_backward_cuda(
     # A grid of no programs cannot be launched.
     if by_state or has_triton_backward(operation, names) is not None or not (query.numel() and key.numel() and value.numel()):
         return attend_gradients(operation, (grad_out, grad_lse), (query, key, value), named, names)
-    gradients = tuple(operand.new_empty(operand.shape) for operand in (query, key, value))
+    gradients = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
+    received = (_rows(out), lse, _rows(grad_out), grad_lse)
     with torch.cuda.device(query.device):
-        launch = backward_kernel_for(attend).load().launch
-        return [
-            *gradients,
-            *launch(*map(_rows, (query, key, value)), tensors, _rows(out), lse, _rows(grad_out), grad_lse, *gradients, wanted=wanted),
-        ]
+        asked = launch_backward(attend, (_rows(query), _rows(key), _rows(value)), tensors, received, gradients, wanted)
+    return [*gradients, *asked]
 
 
 @attend_backward_op.register_fake

@@ -18,9 +18,10 @@ import sympy
 import torch
 from sympy.logic.boolalg import Boolean
 
-from codegen.kernel import has_triton_form, kernel_for
+from codegen.kernel import has_triton_form
 from codegen.torch_statistics import uses_lse
 from codegen.torch_streaming import output_like
+from codegen.tuned_launch import launch_attention
 from rewrite.ir.evaluation import all_positions, evaluate_expression, read_at
 from rewrite.ir.expression import NK, NQ, I, J, W, letters, tensor, tensors_in
 from rewrite.ir.operations import Attend
@@ -106,7 +107,7 @@ def received(
     given = {name: operand.transpose(*made.turned[name]) if name in made.turned else operand for name, operand in tensors.items()} | own
     out, total = output_like(repeated, value)
     operands = [given[name] for name in made.attend.tensors()]
-    kernel_for(made.attend.to_json()).load().launch(repeated, query, value, operands, out, total)
+    launch_attention(made.attend.to_json(), (repeated, query, value), operands, out, total)
     return total.exp() * out[..., 0].float()
 
 

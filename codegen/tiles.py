@@ -1,9 +1,10 @@
-"""Tile sizes by head dim: how many queries and keys a program works on at once.
+"""Tile sizes by architecture and head dim: how many queries and keys a program works on at once.
 
 Three limits shape the rows. A query tile's accumulator (float32) and the score tile must fit the registers, 255 per thread, without
-spilling. Keys and values in flight must fit 99 KiB of shared memory, what sm_86 and sm_89 give a block (sm_80 gives 163, sm_90 227).
-And within both, the more queries per tile, the fewer times keys and values are read. What each row uses was read off the kernels
-compiled for sm_80, sm_90 and sm_100; `tests/codegen/test_compilation.py` compiles them again.
+spilling. Keys and values in flight must fit the shared memory of a block: 99 KiB on sm_86, sm_89 and sm_120, 163 on sm_80, 227 on sm_90
+and sm_100. And within both, the more queries per tile, the fewer times keys and values are read, and the more of both, the fewer
+instructions for a pair. What each row uses was read off the kernels compiled for sm_80, sm_90 and sm_100;
+`tests/codegen/test_compilation.py` compiles them again. `codegen.tuning` times the neighbours of a row where a user asks for it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NamedTuple, TypeVar
 from rewrite.ir.errors import RewriteError
 
 Row = TypeVar("Row")
+Table = TypeVar("Table")
 
 
 class Tile(NamedTuple):
@@ -25,11 +27,25 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Head width (rounded up to a power of two) -> tile, for float16 and bfloat16.
-_HALF: dict[int, Tile] = {
-    64: Tile(128, 64, 8, 3),  # eight warps: with four, a neighbourhood mask spills
-    128: Tile(128, 32, 8, 3),  # 64 keys spill on sm_80
-    256: Tile(64, 32, 8, 2),  # 128 queries spill on sm_80
+# Compute capability, from which on -> head width (rounded up to a power of two) -> tile, for float16 and bfloat16.
+_HALF: dict[int, dict[int, Tile]] = {
+    80: {
+        64: Tile(128, 64, 8, 3),  # eight warps: with four, a neighbourhood mask spills
+        128: Tile(128, 32, 8, 3),  # 64 keys spill on sm_80
+        256: Tile(64, 32, 8, 2),  # 128 queries spill on sm_80
+    },
+    # Instructions for a pair of query and key, against the tiles of sm_80: 0.79 at 64, 0.70 at 128, 0.53 at 256. sm_90 multiplies 64 rows
+    # by four warps, and eight warps on 64 rows share the columns and repeat each other's work.
+    90: {
+        64: Tile(128, 128, 8, 3),  # with two stages, a mask by pair spills
+        128: Tile(128, 64, 8, 3),  # 128 keys spill
+        256: Tile(128, 32, 8, 2),  # a window spills 32 bytes, before and after the walk over keys and not in it
+    },
+    100: {
+        64: Tile(128, 128, 8, 2),  # with three stages, groups of keys spill
+        128: Tile(128, 64, 8, 3),
+        256: Tile(128, 32, 8, 2),
+    },
 }
 
 # The same for float32, which is multiplied without tensor cores unless TF32 was allowed: every product takes registers of its own.
@@ -77,15 +93,16 @@ _HALF_BACKWARD_CROWDED: dict[int, dict[int, BackwardTiles]] = {
     },
 }
 
-# sm_120 has no more shared memory than sm_86.
-for _table in (_HALF_BACKWARD, _HALF_BACKWARD_CROWDED):
-    _table[120] = _table[80]
-
 _SINGLE_BACKWARD: dict[int, BackwardTiles] = {
     64: BackwardTiles(Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
     128: BackwardTiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
     256: BackwardTiles(Tile(16, 16, 8, 2), Tile(16, 16, 8, 2)),
 }
+
+# sm_120 has no more shared memory than sm_86.
+_HALF[120] = _HALF[80]
+for _table in (_HALF_BACKWARD, _HALF_BACKWARD_CROWDED):
+    _table[120] = _table[80]
 
 # A tile of few queries has too little work for eight warps: on tensor cores a warp takes 16 of them.
 FEW_QUERIES = 32
@@ -100,12 +117,13 @@ def power_of_two(size: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())
 
 
-def tile_for(head_dim: int, value_dim: int, element_size: int, n_queries: int | None = None) -> Tile:
+def tile_for(head_dim: int, value_dim: int, element_size: int, capability: int, n_queries: int | None = None) -> Tile:
     """The tile for a head dim, a value dim and bytes per element.
 
-    n_queries: where there are fewer queries than the tile is high (decoding), it is lowered to the next power of two.
+    capability: of the device, 80 for sm_80 and so on. n_queries: where there are fewer queries than the tile is high (decoding), it is
+    lowered to the next power of two.
     """
-    tile = _row_for(_HALF if element_size == 2 else _SINGLE, head_dim, value_dim)
+    tile = _row_for(_since(_HALF, capability) if element_size == 2 else _SINGLE, head_dim, value_dim)
     if n_queries is None or power_of_two(n_queries) >= tile.block_q:
         return tile
     block_q = power_of_two(n_queries)
@@ -120,7 +138,12 @@ def backward_tiles(head_dim: int, value_dim: int, element_size: int, crowded: bo
     if element_size != 2:
         return _row_for(_SINGLE_BACKWARD, head_dim, value_dim)
     tables = _HALF_BACKWARD_CROWDED if crowded else _HALF_BACKWARD
-    return _row_for(tables[max(first for first in tables if first <= max(capability, min(tables)))], head_dim, value_dim)
+    return _row_for(_since(tables, capability), head_dim, value_dim)
+
+
+def _since(tables: Mapping[int, Table], capability: int) -> Table:
+    """The table of the newest architecture that is not newer than the device's; the oldest for what is older than all."""
+    return tables[max(first for first in tables if first <= max(capability, min(tables)))]
 
 
 def _row_for(table: Mapping[int, Row], head_dim: int, value_dim: int) -> Row:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rewrite.api import explain, kernels, rewrite
+from rewrite.api import autotune, explain, kernels, rewrite
 from rewrite.ir import (
     AttentionInputs,
     Fits,
@@ -39,6 +39,7 @@ __all__ = [
     "Report",
     "RewriteError",
     "Site",
+    "autotune",
     "available_passes",
     "explain",
     "kernels",

@@ -1,4 +1,4 @@
-"""`rewrite`, `explain` and `kernels`."""
+"""`rewrite`, `explain`, `kernels` and `autotune`."""
 
 from __future__ import annotations
 
@@ -74,6 +74,18 @@ def explain(model: nn.Module, example_inputs: tuple[Any, ...] | Mapping[str, Any
     session = Session(model, chosen, "eager", may_add_parameters=True)
     session.prepare(arguments, keywords)
     return session.report
+
+
+def autotune(enabled: bool = True) -> codegen.Autotuning:
+    """Choose the tiles of kernels by timing them on the device: ``autotune()`` from now on, ``with autotune():`` for a block.
+
+    enabled: False goes back to the table of tiles, the default. The environment variable REWRITE_AUTOTUNE=1 does the same for a whole
+    process, where nothing was called. The first launch of a kernel at new sizes (each rounded up to a power of two), dtype or device then
+    takes seconds; what is found is kept beside the emitted kernels, and later processes that autotune take it from there. Results may
+    differ from the table's in the last bits, because sums run in another order. During the capture of a CUDA graph nothing is timed: what
+    was not chosen before runs with the table's tile.
+    """
+    return codegen.Autotuning(enabled)
 
 
 def kernels(model: nn.Module) -> tuple[codegen.Kernel, ...]:

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from codegen import emit
+from codegen.tiles import tile_for
 from rewrite.ir import Attend, RewriteError
 
 KERNELS: dict[str, Attend] = {
@@ -16,6 +17,9 @@ KERNELS: dict[str, Attend] = {
     "grouped": forms.grouped(),
 }
 
+
+# Of a program. sm_86 and sm_89 have the tiles of sm_80, and less than it has.
+SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 # Bytes per thread that Triton 3.6 spills at tiles where 3.7 spills none, as measured with 3.6.0.
 SPILLED_BY_3_6 = {("sm_80", 64, "grouped"): 8, ("sm_100", 128, "plain"): 24}
@@ -29,14 +33,25 @@ def test_nothing_spills(form: str, head_dim: int, target: str) -> None:
     assert 0 < compiled.registers <= 255
     allowed = SPILLED_BY_3_6.get((target, head_dim, form), 0) if triton.__version__.startswith("3.6.") else 0
     assert compiled.spills <= allowed
-    # What sm_86 and sm_89 give a program; sm_80, sm_90 and sm_100 give more.
-    assert 0 < compiled.shared_memory <= 99 * 1024
+    assert 0 < compiled.shared_memory <= SHARED_MEMORY[target]
     assert f".target {target}" in compiled.ptx
     assert compiled.cubin[:4] == b"\x7fELF"
 
 
-def test_wide_heads_do_not_spill() -> None:
-    assert emit(forms.plain()).compile("sm_80", torch.bfloat16, 256).spills == 0
+@pytest.mark.parametrize("target", SHARED_MEMORY)
+def test_wide_heads_do_not_spill(target: str) -> None:
+    assert emit(forms.plain()).compile(target, torch.bfloat16, 256).spills == 0
+
+
+def test_the_newest_devices_have_rows_of_their_own() -> None:
+    """More shared memory than sm_80, less on sm_120; and the tensor cores of sm_90 multiply 64 rows by four warps."""
+    older, hopper, blackwell = (tile_for(64, 64, 2, capability) for capability in (80, 90, 100))
+    assert (hopper.block_k, blackwell.block_k) == (128, 128) > (older.block_k,)
+    assert tile_for(64, 64, 2, 75) == tile_for(64, 64, 2, 89) == tile_for(64, 64, 2, 120) == older
+    assert tile_for(128, 128, 2, 103) == tile_for(128, 128, 2, 100)
+    assert all(tile_for(width, width, 2, 90).block_q * 4 >= 64 * tile_for(width, width, 2, 90).warps for width in (64, 128, 256))
+    assert tile_for(64, 64, 2, 90, n_queries=1).block_q == 16
+    assert "wgmma" in emit(forms.plain()).compile("sm_90", torch.bfloat16, 64).ptx
 
 
 def test_heads_too_wide_are_refused() -> None:
