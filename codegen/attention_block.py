@@ -73,7 +73,9 @@ class AttentionBlock:
         if attend.score_mix is not None:
             d_scores = _through_mix(attend.score_mix, d_scores, self.scores, self.tensors, gradients)
         gradients.through(attend.score, d_scores, values, visit)
-        return d_scores * block.filled(derivative(attend.score, QK), d_scores)
+        slope = derivative(attend.score, QK)
+        # A decay grows without bound where the mask hides it: infinite there, it would make NaN of a gradient of zero.
+        return d_scores * (block.filled(slope, d_scores) if slope.is_number else self._seen(block.filled(slope, d_scores)))
 
     def _through_groups(self, groups: GroupBlock, d_weights: torch.Tensor, gradients: TensorGradients) -> torch.Tensor:
         counted = groups.per_group(self.normalised.weights * d_weights)

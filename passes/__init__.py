@@ -1,6 +1,9 @@
 """The published methods, one file each, in folders by family; importing this package registers all of them."""
 
 from passes.linearize.agent import Agent
+from passes.linearize.enhanced_linear import EnhancedLinear
+from passes.linearize.hedgehog import Hedgehog
+from passes.linearize.lightning import Lightning
 from passes.prune.token_exit import TokenExit
 from passes.redistribute.calibrate import Calibrate
 from passes.redistribute.head_reinforce import HeadReinforce
@@ -21,9 +24,12 @@ __all__ = [
     "Agent",
     "Calibrate",
     "Composite",
+    "EnhancedLinear",
     "Grid",
     "Halo",
     "HeadReinforce",
+    "Hedgehog",
+    "Lightning",
     "ModalityMutual",
     "Neighborhood",
     "ReluAttention",

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 import codegen
-from rewrite.ir.operations import Attend, DepthwiseConv, Pool, RegionRoutes, ReinforceHeads, SparseMap, Statistic
+from rewrite.ir.operations import Attend, DepthwiseConv, PlainOperation, Pool, RegionRoutes, ReinforceHeads, SparseMap, Statistic, Sum
+from rewrite.ir.plain_operations import Axes
 from rewrite.ir.site import Site
 from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
 
@@ -89,23 +90,32 @@ def rewritten_cost(site: Site, itemsize: int) -> Cost:
 
 
 def _body_cost(site: Site, itemsize: int) -> Cost:
-    """The sum over a body's operations; token numbers follow from the pooling operations."""
+    """The sum over a body's operations; numbers of tokens follow from the pooling operations, widths from the feature maps."""
     tokens: dict[str, int] = {"query": site.dims["Nq"], "key": site.dims["Nk"], "value": site.dims["Nk"]}
+    axes: dict[str, Axes] = {
+        name: Axes(site.dims[heads], tokens[name], site.dims[width])
+        for name, heads, width in (("query", "H", "D"), ("key", "Hkv", "D"), ("value", "Hkv", "Dv"))
+    }
     multiply_adds: sympy.Expr = sympy.Integer(0)
     moved: sympy.Expr = sympy.Integer(0)
     for operation in site.body.operations:
         match operation:
             case Pool():
                 tokens[operation.result] = math.prod(operation.size)
+                axes[operation.result] = axes[operation.source]._replace(tokens=tokens[operation.result])
                 moved += _S["B"] * _S["H"] * _S["D"] * (tokens[operation.source] + tokens[operation.result])
             case Attend():
                 n_queries, n_keys = tokens[operation.query], tokens[operation.key]
                 tokens[operation.result] = n_queries
-                formula, counts = codegen.multiply_adds_formula(operation, {**site.dims, "Nq": n_queries, "Nk": n_keys})
-                multiply_adds += _put(formula, {**counts, "Nq": n_queries, "Nk": n_keys})
-                moved += _S["B"] * _S["H"] * (n_queries + n_keys) * (_S["D"] + _S["Dv"])
+                seen, read = axes[operation.key], axes[operation.value]
+                axes[operation.result] = Axes(site.dims["H"], n_queries, read.width)
+                own = {"Hkv": seen.heads, "Nq": n_queries, "Nk": n_keys, "D": seen.width, "Dv": read.width}
+                formula, counts = codegen.multiply_adds_formula(operation, {**site.dims, **own})
+                multiply_adds += _put(formula, {**counts, **{name: size for name, size in own.items() if size != site.dims[name]}})
+                channels = sum(_S[name] if own[name] == site.dims[name] else own[name] for name in ("D", "Dv"))
+                moved += _S["B"] * _S["H"] * (n_queries + n_keys) * channels
             case DepthwiseConv():
-                tokens[operation.result] = tokens[operation.source]
+                tokens[operation.result], axes[operation.result] = tokens[operation.source], axes[operation.source]
                 taps = next(math.prod(each.shape[2:]) for each in site.body.parameters if each.name == operation.weight)
                 multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * math.prod(operation.grid) * taps
                 moved += 2 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.source]
@@ -114,7 +124,7 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 multiply_adds += _S["B"] * _S["H"] * codegen.visible_pairs(operation.attend.mask, n_queries, n_keys) * _S["D"]
                 moved += _S["B"] * _S["H"] * ((n_queries + n_keys) * _S["D"] + n_keys)
             case ReinforceHeads():
-                tokens[operation.result] = tokens[operation.output]
+                tokens[operation.result], axes[operation.result] = tokens[operation.output], axes[operation.output]
                 multiply_adds += _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.output]
                 # Two outputs are read, one is written.
                 moved += 3 * _S["B"] * _S["H"] * _S["Dv"] * tokens[operation.output]
@@ -129,6 +139,14 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 multiply_adds += _S["B"] * length * narrow * (_S["H"] + _S["Hkv"]) * _S["D"]
                 multiply_adds += _S["B"] * length * rank * narrow * (_S["H"] + _S["Hkv"]) + _S["B"] * _S["H"] * length**2 * rank
                 moved += _S["B"] * _S["D"] * length * (_S["H"] + _S["Hkv"])
+            case PlainOperation():
+                given = {field: axes[name] for field, name in operation.reads().items() if name in axes}
+                axes[operation.result] = operation.axes(given)
+                tokens[operation.result] = axes[operation.result].tokens
+                multiply_adds += _S["B"] * operation.cost(given)
+                moved += _S["B"] * sum(math.prod(each) for each in (*given.values(), axes[operation.result]))
+            case Sum():
+                tokens[operation.result], axes[operation.result] = tokens[operation.terms[0]], axes[operation.terms[0]]
             case _:
                 pass
     return Cost(multiply_adds, _S["itemsize"] * moved, tuple(sorted({**site.dims, "itemsize": itemsize}.items())))

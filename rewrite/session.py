@@ -243,6 +243,8 @@ def _initial(parameter: Parameter, like: torch.Tensor) -> torch.Tensor:
     tensor = like.new_zeros(parameter.shape)
     if parameter.init == "ones":
         tensor.fill_(1)
+    elif parameter.init == "eye":
+        tensor.diagonal(dim1=-2, dim2=-1).fill_(1)
     elif isinstance(parameter.init, tuple):
         kind, value = parameter.init
         nn.init.constant_(tensor, value) if kind == "constant" else nn.init.normal_(tensor, std=value)

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rewrite.ir.attend import Attend, BlockChoice, Groups, HeadMix, Normaliser
+from rewrite.ir.linear_operations import FeatureMap, Ones, SharedNormaliser, WindowSum
+from rewrite.ir.plain_operations import PlainOperation
 from rewrite.ir.statistic import Statistic
 
 __all__ = [
@@ -16,21 +18,26 @@ __all__ = [
     "BlockChoice",
     "Body",
     "DepthwiseConv",
+    "FeatureMap",
     "GridBias",
     "Groups",
     "HeadMix",
     "Normaliser",
+    "Ones",
     "Operation",
     "Parameter",
+    "PlainOperation",
     "Pool",
     "ReceivedSinks",
     "RegionRoutes",
     "ReinforceHeads",
+    "SharedNormaliser",
     "SinkGroups",
     "SparseMap",
     "Statistic",
     "Sum",
     "VisualGroups",
+    "WindowSum",
 ]
 
 
@@ -222,12 +229,15 @@ Operation = (
     | ReinforceHeads
     | RegionRoutes
     | SparseMap
+    | PlainOperation
 )
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor a pass adds to the model: `init` is "zeros", "ones", ("normal", std) or ("constant", value).
+    """A tensor a pass adds to the model: `init` is "zeros", "ones", "eye", ("normal", std) or ("constant", value).
+
+    "eye" is the identity on the last two axes, cut or filled with zeros where they differ in size.
 
     trainable: whether the model's own loss gives it a gradient; one that does not is registered without.
     """

@@ -32,6 +32,7 @@ from rewrite.ir.operations import (
     Groups,
     HeadMix,
     Operation,
+    PlainOperation,
     Pool,
     ReceivedSinks,
     RegionRoutes,
@@ -190,6 +191,8 @@ def evaluate_operation(operation: Operation, values: dict[str, torch.Tensor], ca
             values[operation.result] = region_routes(operation, values)
         case SparseMap():
             values[operation.result] = sparse_map(operation, values)
+        case PlainOperation():
+            values[operation.result] = operation.compute({field: values[name] for field, name in operation.reads().items()})
 
 
 def evaluate(body: Body, operands: Mapping[str, torch.Tensor], cached: torch.Tensor | None = None) -> torch.Tensor:
@@ -216,7 +219,7 @@ def evaluate_site(
         return evaluate(site.body, operands, cached)
     if visual is None:
         raise ValueError(f"tokens have left {site.name}; which ones are visual must be given")
-    axes = {"query": "bhi", "key": "bhj", "value": "bhj", "hidden": "bi", "visual": "bi"}
+    axes = {"query": "bhi", "key": "bhj", "value": "bhj", "hidden": "bi", "input": "bi", "visual": "bi"}
     for attend_ in site.body.attends():
         for name, indices in attend_.tensors().items():
             if letters(indices) is None and any({I, J} & index.free_symbols for index in indices):

@@ -65,7 +65,8 @@ class Site:
     stack: number of the stack (sites whose tokens are of one stream: a vision tower, a language model).
     dims: sizes by name: B, H, Hkv, Nq, Nk, D, Dv (the traced values; for a symbolic size the value it was traced with).
     operands: the tensors that the body may read without computing them: "query", "key", "value", the score's and the mask's tensors,
-        and where the site has them "hidden" [B, N, C] (the layer's input) and "visual" [B, N] (which new tokens are visual).
+        and where the site has them "hidden" [B, N, C] (the layer's input), "input" [B, N, C] (what queries and keys were projected from:
+        that, normalised, in a pre-norm layer) and "visual" [B, N] (which new tokens are visual).
     cached: keys of earlier calls are read from a KV cache.
     dropout: attention dropout that was active when the site was traced.
     map_read: the attention map is read elsewhere in the model too.

@@ -11,6 +11,7 @@ from rewrite.ir import site_operations
 from rewrite.ir.operations import (
     DepthwiseConv,
     GridBias,
+    PlainOperation,
     Pool,
     ReceivedSinks,
     RegionRoutes,
@@ -19,6 +20,22 @@ from rewrite.ir.operations import (
     SparseMap,
     VisualGroups,
 )
+
+
+def _computed(first: torch.Tensor, kind: str, fields: tuple[str, ...], others: tuple[torch.Tensor, ...], facts: str) -> torch.Tensor:
+    """What the operation of class `kind` makes of its tensors, named by `fields`; facts: see `PlainOperation.facts`."""
+    (cls,) = (one for one in PlainOperation.__subclasses__() if one.__name__ == kind)
+    return cls.of(facts, tuple(fields)).compute(dict(zip(fields, (first, *others), strict=True)))
+
+
+def plain_operation(first: torch.Tensor, kind: str, fields: tuple[str, ...], others: tuple[torch.Tensor, ...], facts: str) -> torch.Tensor:
+    """A `PlainOperation`."""
+    return _computed(first, kind, fields, others, facts)
+
+
+def token_by_token(first: torch.Tensor, kind: str, fields: tuple[str, ...], others: tuple[torch.Tensor, ...], facts: str) -> torch.Tensor:
+    """A `PlainOperation` that works token by token: the token axis of its first tensor is that of its result."""
+    return _computed(first, kind, fields, others, facts)
 
 
 def pool(source: torch.Tensor, grid: tuple[int, ...], size: tuple[int, ...], prefix: int) -> torch.Tensor:

@@ -16,6 +16,7 @@ from rewrite.ir.operations import (
     DepthwiseConv,
     GridBias,
     Operation,
+    PlainOperation,
     Pool,
     ReceivedSinks,
     RegionRoutes,
@@ -53,7 +54,10 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
                 node = graph.call_method("to", (node, dtype))
             values[name] = node
         for operation in site.body.operations:
-            _LOWER[type(operation)](graph, operation, values)
+            if isinstance(operation, PlainOperation):
+                _plain_operation(graph, operation, values)
+            else:
+                _LOWER[type(operation)](graph, operation, values)
         result = values[site.body.result]
         if region.output_order != (0, 1, 2, 3):
             result = graph.call_method("permute", (result, region.output_order))
@@ -204,6 +208,15 @@ def _sparse_map(graph: fx.Graph, operation: SparseMap, values: dict[str, fx.Node
     parameters = tuple(values[name] for name in (operation.weight, operation.bias, operation.down, operation.up))
     facts = (operation.keys, operation.scale, operation.coefficients, operation.threshold, operation.prefix)
     values[operation.result] = graph.call_function(functions.sparse_map, (*tensors, parameters, *facts))
+
+
+def _plain_operation(graph: fx.Graph, operation: PlainOperation, values: dict[str, fx.Node]) -> None:
+    reads = operation.reads()
+    first, *others = (values[name] for name in reads.values())
+    target = functions.token_by_token if operation.token_by_token else functions.plain_operation
+    values[operation.result] = graph.call_function(
+        target, (first, type(operation).__name__, tuple(reads), tuple(others), operation.facts())
+    )
 
 
 _LOWER: Mapping[type[Operation], Callable[[fx.Graph, Any, dict[str, fx.Node]], None]] = {

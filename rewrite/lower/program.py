@@ -15,7 +15,7 @@ from torch import fx
 
 import codegen
 from rewrite.ir.errors import ModelCallError, NotApplicableError
-from rewrite.ir.operations import Attend, Body, Grouping, Parameter, ReceivedSinks, Sum
+from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Exit, Program
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
@@ -129,6 +129,9 @@ class ProgramLowering:
                 )
         elif "visual" in _reads(site.body):
             given["visual"] = self._visual(entry)
+        for name, node in (("hidden", entry.stream), ("input", entry.projected)):
+            if name in _reads(site.body) and node is not None:
+                given[name] = node
         self.lowered.add(site.name)
         lowered = lower_site(self.graph, site, entry.region, given)
         if groups:
@@ -301,9 +304,11 @@ class ProgramLowering:
 
 
 def _reads(body: Body) -> set[str]:
-    """The tensors that a body's attentions and sums read beside query, key and value."""
+    """The tensors that a body reads beside the query, key and value of its attentions."""
     read: set[str] = set()
     for operation in body.operations:
+        if isinstance(operation, PlainOperation):
+            read.update(operation.reads().values())
         read.update(operation.tensors() if isinstance(operation, Attend) else operation.terms if isinstance(operation, Sum) else ())
     return read
 

@@ -34,6 +34,7 @@ class Found:
     site: Site
     region: Region
     stream: fx.Node | None = None
+    projected: fx.Node | None = None
     merge: VisualMerge | None = None
     cache: tuple[fx.Node, ...] = ()
 
@@ -150,6 +151,10 @@ def _place(
         dims["C"] = hinted_shape(stream)[2]
         if visual:
             operands.append("visual")
+    projected = source if source is not None and hinted_shape(source)[:-1] == (dims["B"], dims["Nq"]) else None
+    if projected is not None:
+        operands.append("input")
+        dims["Cin"] = hinted_shape(projected)[-1]
     lies = layouts.of_operand(region.query.node, region.query.layout.steps(), axis=2)
     site = Site(
         name=name,
@@ -166,7 +171,7 @@ def _place(
         map_read=bool(region.map_readers),
         hides_later=hides_later(region, inputs),
     )
-    return Found(site, region, stream, merge, cache)
+    return Found(site, region, stream, projected, merge, cache)
 
 
 def _site_layout(lies: tokens.TokenLayout | None, visual: bool) -> TokenLayout:

@@ -42,7 +42,9 @@ FOLLOWS_FIRST = frozenset(
 FRESH = frozenset(_names("new_empty new_full new_ones new_tensor new_zeros"))
 
 # out[..., j] = f(a[..., :]): the trailing axes are computed over; how many, or the place of the shape that says it
-LAST_AXES: MappingProxyType[str, int | str] = MappingProxyType({"linear": 1, "layer_norm": "shape", "rms_norm": "shape"})
+LAST_AXES: MappingProxyType[str, int | str] = MappingProxyType(
+    {"linear": 1, "layer_norm": "shape", "rms_norm": "shape", "token_by_token": 1}
+)
 
 # sums and their like: the dimensions are gone, or of size one
 REDUCE: MappingProxyType[str, tuple[int, int | None]] = MappingProxyType(

@@ -30,6 +30,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "neighborhood(window=(3, 4), stride=(2, 4), causal=(True, False))",
         "neighborhood(window=5, stride=2, causal=True)",
     ),
+    "lightning": ("lightning(scale='site')", "lightning(layers=(3,))"),
+    "hedgehog": ("hedgehog(features=3)", "hedgehog(features=2, window=5)", "hedgehog(features=4, window=1, affine=True, layers=(3,))"),
+    "enhanced_linear": ("enhanced_linear(smallest=0.5)", "enhanced_linear(layers=(0,))"),
     "token_exit": ("token_exit(layer=0)", "token_exit(layer=4)", "token_exit(layer=6)"),
     "temperature": (
         "temperature(value=0.5, layers=(3,))",
