@@ -27,8 +27,9 @@ from codegen.backward_groups import group_factors, group_facts, load_group
 from codegen.base_two import LOG2_E
 from codegen.kernel_reads import KernelReads, Owner
 from codegen.tensor_reads import derivative
+from codegen.tile_masks import split_tiles
 from codegen.triton_printer import triton_text
-from codegen.weight_form import split_visits, weight_factor
+from codegen.weight_form import weight_factor
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import QK, I, Indices, J, W, conjuncts, letters
 from rewrite.ir.operations import Attend, Normaliser
@@ -84,7 +85,7 @@ class BackwardBlock:
     def __init__(self, attend: Attend, owner: Owner) -> None:
         self.attend, self.owner = attend, owner
         self.reads = KernelReads(attend, owner)
-        self.static, self.dynamic = split_visits(attend)
+        self.mask = split_tiles(attend)
         self.factor = sympy.sympify(weight_factor(attend.weight))
         self.slope = sympy.sympify(derivative(attend.score, QK))
         self._edge = f"{'in_keys' if owner == 'queries' else 'in_rows'}[None, :]"
@@ -115,8 +116,11 @@ class BackwardBlock:
         softmax = attend.normaliser == "softmax"
         text = triton_text(sympy.Float(LOG2_E) * attend.score if softmax else attend.score, reads.inside_names)
         left, right = ("query", "key") if self.owner == "queries" else ("key", "query")
+        always = (attend.score, self.mask.by_pair, attend.weight)
+        tiles = reads.inside_loop(self.mask.by_tile, beside=always)
         return [
-            *reads.inside_loop(attend.score, self.dynamic, attend.weight),
+            *reads.inside_loop(*always),
+            *(["if CHECKED:", *(f"    {line}" for line in tiles)] if tiles else []),
             f"qk = tl.dot({left}_tile, tl.trans({right}_tile), input_precision=PRECISION)",
             f"score = {text}{'  # in base 2: times log2(e)' if softmax else ''}",
             *([] if attend.score.has(QK) else ["score += tl.zeros_like(qk)"]),
@@ -132,7 +136,9 @@ class BackwardBlock:
         def terms(mask: Boolean) -> list[str]:
             return [] if mask == sympy.true else [where(triton_text(term, self.reads.inside_names)) for term in conjuncts(mask)]
 
-        return ["if CHECKED:", *(f"    {line}" for line in [where(self._edge), *terms(self.static)]), *terms(self.dynamic)]
+        mask = self.mask
+        cut = [where(self._edge), *terms(mask.by_position), *terms(mask.by_tile)]
+        return ["if CHECKED:", *(f"    {line}" for line in cut), *terms(mask.by_pair)]
 
     def weights(self) -> list[str]:
         """weight: normalised, before its factor."""

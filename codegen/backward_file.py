@@ -9,7 +9,6 @@ from codegen.backward_keys import KeysKernel
 from codegen.backward_queries import QueriesKernel
 from codegen.backward_text import indented
 from codegen.emitted_file import docstring, facts_of, kernel_name
-from codegen.masks import static_key
 from codegen.streaming import reason_against
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import W, letters
@@ -107,18 +106,18 @@ def _calls(queries: QueriesKernel, keys: KeysKernel) -> list[str]:
     by_pair = [f"sums[{places[name]}]" for name in gradients if queries.by_pair(name)]
     every = [f"{gradient}.{what}" for gradient in by_pair for what in ("stride_i", "every_b", "every_h")]
     rows, columns = "triton.cdiv(Nq, tiles.queries.block_q)", "triton.cdiv(Nk, tiles.keys.block_k)"
-    numbers = [", ".join(every), "H, Nq, Nk, *turn" if queries.takes_turns else "H, Nq, Nk", ", ".join(ways.values())]
+    sizes = ", ".join(["H", "Nq", "Nk", *(["*turn"] if queries.takes_turns else []), *queries.listed.sizes])
+    numbers = [", ".join(every), sizes, ", ".join(ways.values())]
     if queries.takes_turns:
         grid = f"{rows} * triton.cdiv(H - turn[3], turn[1]) * triton.cdiv(B - turn[2], turn[0])"
         launches = ["    for turn in sums.turns():", *indented(_call(queries, "tiles.queries", grid, given, numbers))]
     else:
         launches = _call(queries, "tiles.queries", f"{rows} * H * B", given, numbers)
-    own = ["H, Nq, Nk", ", ".join(ways[name] for name in keys.gradients)]
-    listed = "    starts, blocks = {}(STATIC_MASK, Nq, Nk, ({}.block_q, {}.block_k), query.device)"
+    own = [", ".join(["H", "Nq", "Nk", *keys.listed.sizes]), ", ".join(ways[name] for name in keys.gradients)]
     return [
-        *([listed.format("block_list", "tiles.queries", "tiles.queries")] if queries.listed else []),
+        *queries.listed.made("tiles.queries", queries.reads),
         *launches,
-        *([listed.format("transposed_block_list", "tiles.keys", "tiles.keys")] if keys.listed else []),
+        *keys.listed.made("tiles.keys", keys.reads, transposed=True),
         *_call(keys, "tiles.keys", f"{columns} * B * key.shape[1]", given, own),
     ]
 
@@ -129,7 +128,7 @@ def _launch(queries: QueriesKernel, keys: KeysKernel) -> list[str]:
     said = ", ".join(f"{name} [{', '.join(map(str, indices))}]" for name, indices in tensors.items()) or "none"
     read_at = tuple(letters(indices) if name in queries.block.gradients else None for name, indices in tensors.items())
     return [
-        *([f"STATIC_MASK = {static_key(attend.mask)!r}  # its JSON form, from which the block lists are made"] if queries.listed else []),
+        *queries.listed.predicate,
         f"READ_AT = {read_at!r}  # the axes of each tensor; None: its gradient is not given",
         "",
         "",
@@ -170,13 +169,11 @@ def backward_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[s
         raise RewriteError(f"the gradients of the attention have no Triton form: {reason}")
     name = backward_name(attend)
     queries, keys = QueriesKernel(attend, f"{name}_queries"), KeysKernel(attend, f"{name}_keys")
-    lists = ["block_list"] if queries.listed else []
     strides = ["broadcast_strides"] if queries.reads.ids else []
-    transposed = ["transposed_block_list"] if queries.listed else []
     needed = [
         "GradientSums",
         "backward_tiles",
-        *lists,
+        *queries.listed.maker(),
         "capability",
         *strides,
         "check_gradients",
@@ -185,6 +182,6 @@ def backward_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[s
         "power_of_two",
     ]
     imports = ["import torch", "import triton", "import triton.language as tl", "from codegen.backward_launching import ("]
-    imports += [*(f"    {name}," for name in [*needed, "power_of_two", *transposed]), ")"]
+    imports += [*(f"    {name}," for name in [*needed, "power_of_two", *keys.listed.maker(transposed=True)]), ")"]
     header = _header(name, queries.block, sites, passes)
     return "\n".join([*header, *imports, "", "", *queries.lines(), "", "", *keys.lines(), "", "", *_launch(queries, keys), ""])

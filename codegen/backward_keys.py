@@ -6,12 +6,11 @@ stay in registers and have one order. Tiles stand [keys, queries].
 
 from __future__ import annotations
 
-import sympy
-
 from codegen.backward_block import BackwardBlock, row_facts
 from codegen.backward_text import QUERY_TILES, indented, signature, walk
 from codegen.base_two import LOG2_E
 from codegen.triton_printer import triton_text
+from codegen.walked_list import WalkedList
 from rewrite.ir.expression import letters
 from rewrite.ir.operations import Attend
 
@@ -23,7 +22,7 @@ class KeysKernel:
         self.attend, self.name = attend, name
         self.block = BackwardBlock(attend, "keys")
         self.reads = self.block.reads
-        self.listed = bool(self.block.static != sympy.true)
+        self.listed = WalkedList(attend)
         self.row_facts = row_facts(attend)
         # Of the other tensors nothing is summed by key.
         self.gradients = {
@@ -33,7 +32,6 @@ class KeysKernel:
     def operands(self) -> list[str]:
         """Pointers, in order."""
         known = ["lse"] if self.attend.normaliser == "softmax" else []
-        listed = ["starts", "blocks"] if self.listed else []
         facts = [f"row_{fact}" for fact in self.row_facts]
         return [
             "query",
@@ -46,7 +44,7 @@ class KeysKernel:
             "d_value",
             *self.reads.ids.values(),
             *self.gradients.values(),
-            *listed,
+            *self.listed.operands,
         ]
 
     def strided(self) -> dict[str, str]:
@@ -55,7 +53,7 @@ class KeysKernel:
 
     def lines(self) -> list[str]:
         ways = [f"{gradient}_by" for gradient in self.gradients.values()]
-        head = signature(self.name, self.operands(), self.strided(), self.reads.arguments(), ["H", "Nq", "Nk"], ways)
+        head = signature(self.name, self.operands(), self.strided(), self.reads.arguments(), ["H", "Nq", "Nk"], ways, self.listed)
         return [*head, *indented([*_SETUP, *indented(self._of_one_head()), "", *self._end()])]
 
     def _of_one_head(self) -> list[str]:
@@ -81,6 +79,7 @@ class KeysKernel:
             "query_head = query + b * query_stride_b + h * query_stride_h",
             "d_out_head = d_out + b * d_out_stride_b + h * d_out_stride_h",
             *block.read_before(),
+            *self.listed.found,
             *(f"{gradient}_keys = tl.zeros([BLOCK_K], tl.float32)" for gradient in self.gradients.values()),
             *walk("keys", self.listed, body),
         ]

@@ -7,6 +7,7 @@ import torch
 from codegen.backward_sums import GradientSums
 from codegen.block_list import block_list, transposed_block_list
 from codegen.launching import broadcast_strides, capability, check_launch, dot_precision
+from codegen.tile_list import tile_list, transposed_tile_list
 from codegen.tiles import BackwardTiles, backward_tiles, power_of_two
 from rewrite.ir.errors import RewriteError
 
@@ -21,7 +22,9 @@ __all__ = [
     "check_launch",
     "dot_precision",
     "power_of_two",
+    "tile_list",
     "transposed_block_list",
+    "transposed_tile_list",
 ]
 
 

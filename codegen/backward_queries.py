@@ -17,6 +17,7 @@ from codegen.backward_text import KEY_TILES, indented, signature, walk
 from codegen.base_two import LOG2_E
 from codegen.tensor_reads import derivative
 from codegen.triton_printer import triton_text
+from codegen.walked_list import WalkedList
 from rewrite.ir.expression import TOTAL, letters
 from rewrite.ir.operations import Attend, Groups
 
@@ -28,7 +29,7 @@ class QueriesKernel:
         self.attend, self.name = attend, name
         self.block = BackwardBlock(attend, "queries")
         self.reads = self.block.reads
-        self.listed = bool(self.block.static != sympy.true)
+        self.listed = WalkedList(attend)
         self.row_facts = row_facts(attend)
 
     def by_pair(self, name: str) -> bool:
@@ -49,9 +50,18 @@ class QueriesKernel:
         """Pointers, in order."""
         known = {"softmax": ["lse", "d_lse"], "sum": ["d_lse"], "none": []}[self.attend.normaliser]
         known += ["out"] if self.reads_out else []
-        listed = ["starts", "blocks"] if self.listed else []
         tensors = [*self.reads.ids.values(), *self.block.gradients.values()]
-        return ["query", "key", "value", "d_out", *known, "d_query", *(f"row_{fact}" for fact in self.row_facts), *tensors, *listed]
+        return [
+            "query",
+            "key",
+            "value",
+            "d_out",
+            *known,
+            "d_query",
+            *(f"row_{fact}" for fact in self.row_facts),
+            *tensors,
+            *self.listed.operands,
+        ]
 
     def strided(self) -> dict[str, str]:
         """Operands addressed by strides: name -> axes. The others are contiguous."""
@@ -91,7 +101,8 @@ class QueriesKernel:
             ]
         tensors = [*self.reads.arguments(), *([f"    {', '.join(self.sums())},"] if self.sums() else [])]
         how = [f"{gradient}_by" for gradient in self.block.gradients.values()]
-        head = signature(self.name, self.operands(), self.strided(), tensors, ["H", "Nq", "Nk", *self.turns()], how)
+        sizes = ["H", "Nq", "Nk", *self.turns()]
+        head = signature(self.name, self.operands(), self.strided(), tensors, sizes, how, self.listed)
         return [*head, *indented([*setup, *place, *self._head()])]
 
     def _head(self) -> list[str]:
@@ -109,6 +120,7 @@ class QueriesKernel:
             *_load_rows("query", "lanes", "in_width"),
             *_load_rows("d_out", "value_lanes", "in_value_width"),
             *block.read_before(),
+            *self.listed.found,
             *starts,
             *self._known(),
             "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from codegen.kernel_reads import Owner
+from codegen.walked_list import WalkedList
 
 
 def indented(lines: Sequence[str], depth: int = 1) -> list[str]:
@@ -12,16 +13,23 @@ def indented(lines: Sequence[str], depth: int = 1) -> list[str]:
 
 
 def signature(
-    name: str, operands: Sequence[str], strided: Mapping[str, str], tensors: Sequence[str], sizes: Sequence[str], ways: Sequence[str]
+    name: str,
+    operands: Sequence[str],
+    strided: Mapping[str, str],
+    tensors: Sequence[str],
+    sizes: Sequence[str],
+    ways: Sequence[str],
+    listed: WalkedList,
 ) -> list[str]:
     """The head of a kernel. strided: operand -> its axes; tensors: lines of the other tensors' strides; ways: `..._by` constants."""
+    unspecialised = ", ".join(f'"{size}"' for size in ("Nq", "Nk", *listed.sizes))
     return [
-        '@triton.jit(do_not_specialize=["Nq", "Nk"])',
+        f"@triton.jit(do_not_specialize=[{unspecialised}])",
         f"def {name}(",
         f"    {', '.join(operands)},",
         *(f"    {', '.join(f'{operand}_stride_{axis}' for axis in axes)}," for operand, axes in strided.items()),
         *tensors,
-        f"    {', '.join(sizes)},",
+        f"    {', '.join([*sizes, *listed.sizes])},",
         *([f"    {', '.join(f'{way}: tl.constexpr' for way in ways)},"] if ways else []),
         "    HEADS_PER_KEY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,",
         "    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,",
@@ -29,14 +37,15 @@ def signature(
     ]
 
 
-def walk(owner: Owner, listed: bool, body: Sequence[str]) -> list[str]:
+def walk(owner: Owner, listed: WalkedList, body: Sequence[str]) -> list[str]:
     """A walk over blocks of the other side: blocks seen in full, then blocks that the mask or the end cuts.
 
-    listed: whether a block list says which; else all are walked over, and only the last can be cut.
+    listed: the block list that says which; without one all are walked over, and only the last can be cut.
     """
     count, size, place = ("Nk", "BLOCK_K", "start") if owner == "queries" else ("Nq", "BLOCK_Q", "first")
     if listed:
-        bounds = ["begin, end = tl.load(starts + 2 * block + CHECKED), tl.load(starts + 2 * block + CHECKED + 1)"]
+        found = f"{listed.start} + 2 * block + CHECKED"
+        bounds = [f"begin, end = tl.load({found}), tl.load({found} + 1)"]
         begin = f"{place} = (tl.load(blocks + slot) * {size}).to(tl.int64)"
     else:
         bounds = [f"begin, end = 0, {count} // {size}", "if CHECKED:", f"    begin, end = {count} // {size}, tl.cdiv({count}, {size})"]

@@ -27,7 +27,7 @@ class BlockList(NamedTuple):
     blocks: torch.Tensor
 
 
-def _listed(kinds: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> BlockList:
+def listed_blocks(kinds: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> BlockList:
     """The list of what is seen (in full, cut), each a row of bool per owner of a block."""
     blocks: list[torch.Tensor] = []
     starts = [0]
@@ -60,7 +60,7 @@ def block_list(static: str, n_queries: int, n_keys: int, block: tuple[int, int],
     for tiles in _tiles(static, n_queries, n_keys, block, outside=False):
         full = tiles.all(dim=(0, 2))
         kinds.append((full, tiles.any(dim=2).any(dim=0) & ~full))
-    return _listed(kinds, device)
+    return listed_blocks(kinds, device)
 
 
 @lru_cache(maxsize=128)
@@ -77,4 +77,4 @@ def transposed_block_list(static: str, n_queries: int, n_keys: int, block: tuple
         inside = tiles[..., : n_keys % block_k or block_k]
         cut[:, place] = tiles.any(dim=2).any(dim=0) & ~full[:, place]
         cut[-1, place] = inside[:, -1].any() & ~full[-1, place]
-    return _listed(zip(full, cut, strict=True), device)
+    return listed_blocks(zip(full, cut, strict=True), device)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import sympy
 
-from codegen.masks import split_mask, static_key
+from codegen.masks import split_mask
 from codegen.streaming import StreamingKernel, reason_against
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import TOTAL, W, tensors_in
@@ -72,8 +72,9 @@ def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, 
 
 
 def _imports(kernel: StreamingKernel) -> list[str]:
-    listed, split = ["block_list"] if kernel.listed else [], ["join", "partial_results", "pieces_for"] if kernel.splits else []
-    needed = sorted([*listed, *split, "broadcast_strides", "capability", "check_launch", "dot_precision", "power_of_two", "tile_for"])
+    split = ["join", "partial_results", "pieces_for"] if kernel.splits else []
+    always = ["broadcast_strides", "capability", "check_launch", "dot_precision", "power_of_two", "tile_for"]
+    needed = sorted([*kernel.listed.maker(), *split, *always])
     wrapped = textwrap.wrap(", ".join(needed) + ",", 120, initial_indent="    ", subsequent_indent="    ")
     return ["import triton", "import triton.language as tl", "from codegen.launching import (", *wrapped, ")", "", ""]
 
@@ -82,12 +83,11 @@ def _launch(kernel: StreamingKernel) -> list[str]:
     ids = kernel.reads.ids
     said = ", ".join(f"{name} [{', '.join(map(str, indices))}]" for name, indices in kernel.reads.tensors.items()) or "none"
     unpack = [f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []
-    listed = "    starts, blocks = block_list(STATIC_MASK, Nq, Nk, (tile.block_q, tile.block_k), query.device)"
-    extra = [*ids.values(), *(["starts", "blocks"] if kernel.listed else [])]
+    extra = [*ids.values(), *kernel.listed.operands]
+    sizes = ["H", "Nq", "Nk", *kernel.listed.sizes, *(["pieces"] if kernel.splits else [])]
     results = ("parts", "part_lse") if kernel.splits else ("out", "lse")
-    static = [f"STATIC_MASK = {static_key(kernel.attend.mask)!r}  # its JSON form, from which the block list is made", "", ""]
     return [
-        *(static if kernel.listed else []),
+        *([*kernel.listed.predicate, "", ""] if kernel.listed else []),
         f"def launch(query, key, value, tensors, out, lse, tile=None{', pieces=None' if kernel.splits else ''}):",
         '    """Run the kernel.',
         "",
@@ -105,7 +105,7 @@ def _launch(kernel: StreamingKernel) -> list[str]:
         "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
         *unpack,
         "    tile = tile or tile_for(D, DV, query.element_size(), capability(query.device), n_queries=Nq)",
-        *([listed] if kernel.listed else []),
+        *kernel.listed.made("tile", kernel.reads),
         "    programs = triton.cdiv(Nq, tile.block_q) * B * H",
         *(_SPLIT if kernel.splits else []),
         f"    {kernel.name}[(programs{' * pieces' if kernel.splits else ''},)](",
@@ -114,7 +114,7 @@ def _launch(kernel: StreamingKernel) -> list[str]:
         "        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],",
         f"        *{results[0]}.stride()[:-1], *{results[1]}.stride(),",
         *kernel.reads.given(),
-        f"        H, Nq, Nk,{' pieces,' if kernel.splits else ''}",
+        f"        {', '.join(sizes)},",
         "        HEADS_PER_KEY=H // key.shape[1], D=D, DV=DV, BLOCK_D=power_of_two(D), BLOCK_DV=power_of_two(DV),",
         "        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, PRECISION=dot_precision(query.dtype),",
         "        num_warps=tile.warps, num_stages=tile.stages,",

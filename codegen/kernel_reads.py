@@ -6,6 +6,7 @@ expressions in the indices is addressed by their text, each clamped to its axis.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Literal
 
@@ -109,9 +110,10 @@ class KernelReads:
         names = [name for name in tensors_in(*expressions) if not self._walked(name)]
         return [f"    {line}" for name in names for line in self._assigned(name, part)]
 
-    def inside_loop(self, *expressions: sympy.Basic) -> list[str]:
-        """Loads of what changes along the walk."""
-        names = [name for name in tensors_in(*expressions) if self._walked(name)]
+    def inside_loop(self, *expressions: sympy.Basic, beside: Sequence[sympy.Basic] = ()) -> list[str]:
+        """Loads of what changes along the walk; beside: expressions whose tensors have been loaded."""
+        loaded = tensors_in(*beside)
+        names = [name for name in tensors_in(*expressions) if self._walked(name) and name not in loaded]
         return [line for name in names for line in self._assigned(name, "tile")]
 
     def _assigned(self, name: str, part: Part) -> list[str]:

@@ -6,6 +6,7 @@ import torch
 
 from codegen.block_list import block_list
 from codegen.split_keys import join, partial_results, pieces_for
+from codegen.tile_list import tile_list
 from codegen.tiles import Tile, power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
 
@@ -21,6 +22,7 @@ __all__ = [
     "pieces_for",
     "power_of_two",
     "tile_for",
+    "tile_list",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

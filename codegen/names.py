@@ -16,6 +16,7 @@ _SKELETON_NAMES = """
     d_out_rows d_query_rows d_key_rows d_value_rows d_lse_rows lse_rows d_out_tile out_tile d_query_tile d_key_tile d_value_tile
     query_head key_head value_head d_out_head hk row keys turn heads turn_b turn_h TURNS_B TURNS_H member inside cells shared
     capability offset of_group again change GradientSums backward_tiles transposed_block_list torch READ_AT
+    tile_list transposed_tile_list LISTED_MASK own_starts per_b per_h
 """
 
 # The names that the skeleton uses itself.

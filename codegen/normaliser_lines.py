@@ -14,8 +14,8 @@ from sympy.logic.boolalg import Boolean
 
 from codegen.base_two import LOG2_E
 from codegen.kernel_reads import KernelReads
+from codegen.tile_masks import split_tiles
 from codegen.triton_printer import triton_text
-from codegen.weight_form import split_visits
 from rewrite.ir.expression import QK, W, conjuncts
 from rewrite.ir.operations import Attend
 
@@ -29,19 +29,23 @@ def start(attend: Attend) -> list[str]:
 
 def score_lines(attend: Attend, reads: KernelReads) -> list[str]:
     """The scores of one block of keys; where the mask hides a key they weigh nothing."""
-    static, dynamic = split_visits(attend)
-    names = reads.inside_names
+    split, names = split_tiles(attend), reads.inside_names
     softmax = attend.normaliser == "softmax"
     text = triton_text(sympy.Float(LOG2_E) * attend.score if softmax else attend.score, names)
     nothing = 'float("-inf")' if softmax else "0.0"
+    always = (attend.score, split.by_pair, attend.weight)
+    tiles = reads.inside_loop(split.by_tile, beside=always)
+    cut = ["score = tl.where(in_keys[None, :], score, " + nothing + ")"]
+    cut += [*_hide(split.by_position, names, nothing), *_hide(split.by_tile, names, nothing)]
     return [
-        *reads.inside_loop(attend.score, dynamic, attend.weight),
+        *reads.inside_loop(*always),
+        *(["if CHECKED:", *(f"    {line}" for line in tiles)] if tiles else []),
         "qk = tl.dot(query_tile, key_tile, input_precision=PRECISION)",
         f"score = {text}{'  # in base 2: times log2(e)' if softmax else ''}",
         *([] if attend.score.has(QK) else ["score += tl.zeros_like(qk)"]),
         "if CHECKED:",
-        *(f"    {line}" for line in ["score = tl.where(in_keys[None, :], score, " + nothing + ")", *_hide(static, names, nothing)]),
-        *_hide(dynamic, names, nothing),
+        *(f"    {line}" for line in cut),
+        *_hide(split.by_pair, names, nothing),
     ]
 
 

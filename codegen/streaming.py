@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import sympy
-
 from codegen.group_walks import add_masses, group_weights, weigh, zero_masses
 from codegen.kernel_reads import KernelReads
 from codegen.normaliser_lines import accumulate, end, factor_lines, score_lines, start, weight_lines
 from codegen.split_keys import reason_against_split
-from codegen.weight_form import split_visits, weight_factor
+from codegen.walked_list import WalkedList
+from codegen.weight_form import weight_factor
 from rewrite.ir.operations import Attend
 
 
@@ -43,9 +42,8 @@ class StreamingKernel:
         return KernelReads(self.attend)
 
     @cached_property
-    def listed(self) -> bool:
-        """Whether the kernel walks a block list: only a static mask gives one."""
-        return bool(split_visits(self.attend)[0] != sympy.true)
+    def listed(self) -> WalkedList:
+        return WalkedList(self.attend)
 
     @cached_property
     def splits(self) -> bool:
@@ -53,7 +51,8 @@ class StreamingKernel:
         return reason_against_split(self.attend) is None
 
     def _arguments(self) -> list[str]:
-        extra = [*self.reads.ids.values(), *(["starts", "blocks"] if self.listed else [])]
+        extra = [*self.reads.ids.values(), *self.listed.operands]
+        sizes = ["H", "Nq", "Nk", *self.listed.sizes, *(["pieces"] if self.splits else [])]
         result = "pbhi" if self.splits else "bhi"
         operands = {"query": "bhi", "key": "bhj", "value": "bhj", "out": result, "lse": result}
         return [
@@ -61,14 +60,14 @@ class StreamingKernel:
             *([f"    {', '.join(extra)},"] if extra else []),
             *(f"    {', '.join(f'{operand}_stride_{axis}' for axis in axes)}," for operand, axes in operands.items()),
             *self.reads.arguments(),
-            f"    H, Nq, Nk,{' pieces,' if self.splits else ''}",
+            f"    {', '.join(sizes)},",
             "    HEADS_PER_KEY: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,",
             "    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,",
         ]
 
     def lines(self) -> list[str]:
         attend, reads = self.attend, self.reads
-        sizes = '"Nq", "Nk", "pieces"' if self.splits else '"Nq", "Nk"'
+        sizes = ", ".join(f'"{size}"' for size in ["Nq", "Nk", *self.listed.sizes, *(["pieces"] if self.splits else [])])
         return [
             f"@triton.jit(do_not_specialize=[{sizes}])",
             f"def {self.name}(",
@@ -93,6 +92,7 @@ class StreamingKernel:
             "    query_rows = query + rows[:, None] * query_stride_i + lanes[None, :]",
             "    query_tile = tl.load(query_rows, mask=in_rows[:, None] & in_width[None, :], other=0.0)",
             *reads.outside_loop("rows", attend.score, attend.mask, attend.weight),
+            *(f"    {line}" for line in self.listed.found),
             "",
             *start(attend),
             *zero_masses(reads),
@@ -123,7 +123,7 @@ class StreamingKernel:
     def _loop(self, body: list[str]) -> list[str]:
         """A walk over the keys: blocks seen in full, then blocks that the mask or the end of the keys cuts."""
         if self.listed:
-            ends = [f"tl.load(starts + 2 * block{place})" for place in ("", " + 1", " + 2")]
+            ends = [f"tl.load({self.listed.start} + 2 * block{place})" for place in ("", " + 1", " + 2")]
             start = "(tl.load(blocks + slot) * BLOCK_K).to(tl.int64)"
         else:
             ends = ["0", "Nk // BLOCK_K", "tl.cdiv(Nk, BLOCK_K)"]
@@ -131,13 +131,15 @@ class StreamingKernel:
         bounds = ["begin, end = full, cut", "if CHECKED:", "    begin, end = cut, last"]
         if self.splits:
             bounds += ["begin, end = tl.maximum(begin, low), tl.minimum(end, high)"]
+        # What a cut block reads of its mask goes through the pipeline too: three of them in flight spill on sm_80 at head dim 128.
+        stages = ", num_stages=2 if CHECKED else None" if self.listed.by_tile else ""
         lines = [f"start = {start}", "j = start.to(tl.int32) + columns", *body]
         return [
             f"    full, cut, last = {', '.join(ends)}",
             *(["    share = tl.cdiv(last - full, pieces)", *_PIECE] if self.splits else []),
             "    for CHECKED in tl.static_range(2):  # 0: key blocks seen in full; 1: those that the mask or the end of the keys cuts",
             *(f"        {line}" for line in bounds),
-            "        for slot in tl.range(begin, end):",
+            f"        for slot in tl.range(begin, end{stages}):",
             *(f"            {line}".rstrip() for line in lines),
         ]
 

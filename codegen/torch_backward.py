@@ -51,7 +51,7 @@ def attend_gradients(
         d_query, d_key, d_value = (torch.zeros(t.shape, dtype=dtype, device=t.device) for t in (query, key, value))
     else:
         d_query, d_key, d_value = _gathered_gradients(attend, chosen, received, operands, tensors, gradients)
-    for visit in blockwise_visits(attend, query, key) if chosen is None else chosen.plan.everywhere:
+    for visit in blockwise_visits(attend, query, key, tensors) if chosen is None else chosen.plan.everywhere:
         rows, keys, values = visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype), visit.keys(value, 2).to(dtype)
         d_rows, d_lse = visit.queries(grad_out, 2).to(dtype), visit.queries(grad_lse, 2)[..., None].to(dtype)
         block = ScoreBlock(attend, query, key, tensors, visit)

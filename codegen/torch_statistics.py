@@ -36,10 +36,12 @@ def row_range(statistic: Statistic, n_queries: int) -> range:
     return range(n_queries)[start:stop]
 
 
-def statistic_visits(statistic: Statistic, query: torch.Tensor, key: torch.Tensor) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
+def statistic_visits(
+    statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors
+) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
     """The visits of the rows that are read, and where their rows lie among those."""
     rows = row_range(statistic, query.shape[2])
-    for visit in blockwise_visits(statistic.attend, query, key):
+    for visit in blockwise_visits(statistic.attend, query, key, tensors):
         if len(rows) == query.shape[2]:
             yield visit, visit.rows
         elif isinstance(visit.rows, slice):
@@ -117,7 +119,7 @@ def statistic_forward(
     result = torch.zeros(result_shape(statistic, query, key), dtype=accumulation_dtype(query.dtype), device=query.device)
     exact = query.dtype == torch.float32 or (query.dtype != torch.float64 and not statistic.attend.score.atoms(sympy.Indexed))
     prepared = _with_lse(statistic, query, key, lse) if lse is not None and exact and uses_lse(statistic) else None
-    for visit, place in statistic_visits(statistic, query, key):
+    for visit, place in statistic_visits(statistic, query, key, tensors):
         if prepared is not None:
             block = _exponentials(statistic, *prepared, tensors, visit)
         else:
@@ -140,7 +142,7 @@ def statistic_gradients(
     d_query, d_key = (torch.zeros(operand.shape, dtype=dtype, device=operand.device) for operand in (query, key))
     gradients = TensorGradients(statistic.tensors(), tensors, wanted)
     slope = derivative(statistic.term, W)
-    for visit, place in statistic_visits(statistic, query, key):
+    for visit, place in statistic_visits(statistic, query, key, tensors):
         attention = _attention(statistic, query, key, tensors, visit)
         values, weights = attention.block.values, attention.weights
         d_terms = visit.keys(received, 2)[:, :, None] if statistic.over == "queries" else received[:, :, place][..., None]

@@ -2,8 +2,9 @@
 
 Plain softmax attention with a bias, a mask or a sink goes to torch's fused attention, on all queries at once or, with a static mask, on
 each block of queries with the keys it sees. Linear attention of many tokens goes through its state (`codegen.torch_state`). Everything
-else is matrix products, block by block. Where a mask chooses blocks of keys from
-the data, these are gathered first (`codegen.gathered`), and both ways work on what was gathered.
+else is matrix products, block by block. Where a mask chooses blocks of keys from the data, these are gathered first (`codegen.gathered`),
+and both ways work on what was gathered; where it reads the data otherwise, keys that no query of a block may see are left out
+(`codegen.narrowed_visits`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from codegen.contraction_order import Sizes, state_plan
 from codegen.fused_block import fused_block
 from codegen.gathered import Gathered, gathered
 from codegen.masks import is_lower_triangle, split_mask, static_key
+from codegen.narrowed_visits import seen_keys
 from codegen.score_block import ScoreBlock, linear_score, weighted_sum
 from codegen.tensor_reads import accumulation_dtype
 from codegen.torch_state import StateReads, state_forward
-from codegen.visits import Plan, Visit, best_plan, visits
+from codegen.visits import CANDIDATES, Plan, Visit, best_plan, visits
 from codegen.weight_form import split_visits
 from rewrite.ir.expression import I, letters
 from rewrite.ir.operations import Attend
@@ -42,9 +44,12 @@ def rows_at_a_time(query: torch.Tensor, key: torch.Tensor) -> int:
     return min(256, max(16, 1 << (fitting.bit_length() - 1)))
 
 
-def blockwise_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor) -> tuple[Visit, ...]:
+def blockwise_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[Visit, ...]:
     """The visits of what is computed as matrix products: the plan that suits the mask, in blocks of `rows_at_a_time` at most."""
     static, n_queries, n_keys, most = static_key(split_visits(attend)[0]), query.shape[2], key.shape[2], rows_at_a_time(query, key)
+    seen = seen_keys(attend, query, key, tensors)
+    if seen is not None:
+        return seen.visits(static, (n_queries, n_keys), [block for block in CANDIDATES if block <= most] or [most])
     plan = best_plan(static, n_queries, n_keys)
     return visits(static, n_queries, n_keys, plan._replace(block=min(plan.block, most)), query.device)
 
@@ -90,7 +95,7 @@ def attend_forward(
     else:
         _attend_gathered(attend, None, chosen, (query, key, value), tensors, (out, lse))
     dtype = accumulation_dtype(query.dtype)
-    for visit in blockwise_visits(attend, query, key) if chosen is None else chosen.plan.everywhere:
+    for visit in blockwise_visits(attend, query, key, tensors) if chosen is None else chosen.plan.everywhere:
         block = ScoreBlock(attend, query, key, tensors, visit)
         block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
         attention = AttentionBlock(block, tensors)
@@ -126,7 +131,11 @@ def _fused(
     # The fused operator takes one head dim for all three; zeros change neither a dot product nor the columns that are kept.
     widest = max(query.shape[3], width)
     query, key, value = (functional.pad(t, (0, widest - t.shape[3])) if t.shape[3] < widest else t for t in (query, key, value))
-    planned = _fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
+    seen = seen_keys(attend, query, key, tensors) if chosen is None else None
+    if seen is not None:
+        planned = seen.visits(static_key(attend.mask), (n_queries, n_keys), (*CANDIDATES, FUSED_ROWS))
+    else:
+        planned = _fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
     if chosen is None and len(planned) == 1 and planned[0].is_whole(n_queries, n_keys):
         part, total = fused_block(ScoreBlock(attend, query, key, tensors, planned[0]), (query, key, value), scale, rest)
         return laid_out(part[..., :width]), total.to(torch.float32, memory_format=torch.contiguous_format)
@@ -137,10 +146,10 @@ def _fused(
         out.zero_()
         lse.fill_(-torch.inf)
     for visit in planned:
-        seen = visit.queries(query, 2), visit.keys(key, 2), visit.keys(value, 2)
-        part, total = fused_block(ScoreBlock(attend, query, key, tensors, visit), seen, scale, rest)
+        own = visit.queries(query, 2), visit.keys(key, 2), visit.keys(value, 2)
+        part, total = fused_block(ScoreBlock(attend, query, key, tensors, visit), own, scale, rest)
         out[:, :, visit.rows] = part[..., :width]
-        lse[:, :, visit.rows] = total
+        lse[:, :, visit.rows] = total.to(lse.dtype)
     return out, lse
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import sympy
 import torch
+from sympy.logic.boolalg import Boolean
 
 from rewrite.ir import NK, NQ, QK, TOTAL, Attend, B, G, Groups, H, HeadMix, I, J, Sigmoid, W, mass, read, tensor
 
@@ -27,6 +28,11 @@ def masked(axes: str) -> Attend:
 def masked_by_block() -> Attend:
     """A mask of blocks, as methods that choose them from the data have it."""
     return replace(plain(), mask=sympy.Ne(read("mask", B, sympy.floor(I / 5), sympy.floor(J / 9)), 0))
+
+
+def packed(*more: Boolean) -> Attend:
+    """Sequences one after the other in a row, each seeing itself."""
+    return replace(plain(), mask=sympy.And(sympy.Eq(tensor("query_segments", "bi"), tensor("key_segments", "bj")), *more))
 
 
 def causal() -> Attend:
@@ -227,6 +233,10 @@ def operands(
             size = [shape.heads] * len(indices)
         if name == "mask":
             values[name] = torch.rand(size, generator=generator) < 0.4
+        elif name.endswith("segments"):
+            # The same sequences for queries and keys, of 8 tokens on average.
+            begins = torch.rand(size[0], max(shape.n_queries, shape.n_keys), generator=torch.Generator().manual_seed(seed)) < 0.125
+            values[name] = begins.cumsum(1, dtype=torch.int32)[:, : size[1]]
         elif name == "member":
             values[name] = torch.randint(0, 4, size, generator=generator, dtype=torch.int32)
         elif name == "active":

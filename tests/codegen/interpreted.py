@@ -37,6 +37,11 @@ def _interpret() -> None:
     interpreter._patch_lang_tensor = patch_with_index
     torch.set_num_threads(1)
 
+    from codegen import narrowed_visits, tile_list
+
+    # Attentions of tests are small, and are to leave out what others would look at.
+    tile_list.LEAST_WORK = narrowed_visits.LEAST_PAIRS = 0
+
 
 def start() -> ProcessPoolExecutor:
     """One worker that interprets; this process goes on compiling."""
@@ -71,12 +76,18 @@ def run(
 
 
 def run_backward(
-    attend_json: str, operands: list[torch.Tensor], received: tuple[torch.Tensor, torch.Tensor], wanted: list[int], block: tuple[int, int]
+    attend_json: str,
+    operands: list[torch.Tensor],
+    received: tuple[torch.Tensor, torch.Tensor],
+    wanted: list[int],
+    block: tuple[int, int],
+    given: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> list[torch.Tensor]:
-    """The gradients of query, key, value and the wanted tensors by the backward kernels, from what the torch lowering gives forward.
+    """The gradients of query, key, value and the wanted tensors by the backward kernels.
 
     Everything that the kernels write is poisoned with NaN before. operands: query, key, value and the operation's tensors; received: the
-    gradients of out and lse; wanted: positions among the tensors. block: queries and keys per tile, of both kernels.
+    gradients of out and lse; wanted: positions among the tensors. block: queries and keys per tile, of both kernels. given: out and lse as
+    forward gave them, by default by the torch lowering.
     """
     from unittest import mock
 
@@ -87,7 +98,7 @@ def run_backward(
 
     operation = Attend.from_json(attend_json)
     query, key, value, *tensors = operands
-    out, lse = attend_forward(operation, query, key, value, dict(zip(operation.tensors(), tensors, strict=True)))
+    out, lse = given or attend_forward(operation, query, key, value, dict(zip(operation.tensors(), tensors, strict=True)))
     empty = torch.empty
 
     def poisoned(*size: object, **kwargs: object) -> torch.Tensor:
