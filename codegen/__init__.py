@@ -8,6 +8,7 @@ from codegen.kernel import Kernel, emit, has_triton_form
 from codegen.masks import visible_pairs
 from codegen.multiply_adds import computed_multiply_adds, multiply_adds_formula
 from codegen.operator import attend
+from codegen.packed import packed, segment_ids
 from codegen.served import kernel_attention, reason_without_kernel
 from codegen.statistics_operator import statistic
 from codegen.tuning import Autotuning
@@ -26,7 +27,9 @@ __all__ = [
     "has_triton_form",
     "kernel_attention",
     "multiply_adds_formula",
+    "packed",
     "reason_without_kernel",
+    "segment_ids",
     "statistic",
     "visible_pairs",
     "visited_pairs",

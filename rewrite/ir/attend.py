@@ -57,8 +57,8 @@ class BlockChoice:
     tensor: name of a tensor that the mask reads as ``Ne(tensor[..., f(i), g(j)], 0)``, f the block of a query and g that of a key.
     most: along the tensor's last axis no more entries than this differ from zero.
 
-    It is a promise about the tensor, and no part of the meaning: with it a kernel gathers `most` blocks without asking the device how many
-    were chosen.
+    It is a promise about the tensor, and no part of the meaning: with it the torch lowering gathers `most` blocks without asking the device
+    how many were chosen. The emitted kernels need none: they walk lists that are made from the tensor itself.
     """
 
     tensor: str
