@@ -1,9 +1,12 @@
 """The published methods, one file each, in folders by family; importing this package registers all of them."""
 
 from passes.linearize.agent import Agent
+from passes.linearize.agent_sd import AgentSd
 from passes.linearize.enhanced_linear import EnhancedLinear
 from passes.linearize.hedgehog import Hedgehog
+from passes.linearize.inline_attention import InlineAttention
 from passes.linearize.lightning import Lightning
+from passes.linearize.rala import Rala
 from passes.prune.token_exit import TokenExit
 from passes.redistribute.calibrate import Calibrate
 from passes.redistribute.head_reinforce import HeadReinforce
@@ -22,6 +25,7 @@ from passes.sparsify.window import Window
 
 __all__ = [
     "Agent",
+    "AgentSd",
     "Calibrate",
     "Composite",
     "EnhancedLinear",
@@ -29,10 +33,12 @@ __all__ = [
     "Halo",
     "HeadReinforce",
     "Hedgehog",
+    "InlineAttention",
     "Lightning",
     "ModalityMutual",
     "Neighborhood",
     "ReluAttention",
+    "Rala",
     "Routed",
     "SigmoidAttention",
     "SinkRedistribution",

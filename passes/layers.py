@@ -1,4 +1,4 @@
-"""The `layers` parameter that per-layer passes share: which layers of each stack a pass works on."""
+"""The parameters `layers` and `stacks` that passes share: which layers of each stack, and which stacks, a pass works on."""
 
 from __future__ import annotations
 
@@ -17,3 +17,10 @@ def reason_against(layers: tuple[int, ...] | None, site: Site) -> str | None:
     if layers is None or site.layer in layers:
         return None
     return f"it is layer {site.layer}, and layers={layers!r} leaves that one out"
+
+
+def reason_against_stack(stacks: tuple[int, ...] | None, site: Site) -> str | None:
+    """Why a site's stack was not asked for, in words, or None."""
+    if stacks is None or site.stack in stacks:
+        return None
+    return f"it is in stack {site.stack}, and stacks={stacks!r} leaves that one out"

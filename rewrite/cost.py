@@ -96,6 +96,8 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
         name: Axes(site.dims[heads], tokens[name], site.dims[width])
         for name, heads, width in (("query", "H", "D"), ("key", "Hkv", "D"), ("value", "Hkv", "Dv"))
     }
+    # Tokens that were not cut into heads yet.
+    axes |= {name: Axes(1, site.dims["Nq"], site.dims[width]) for name, width in (("hidden", "C"), ("input", "Cin")) if width in site.dims}
     multiply_adds: sympy.Expr = sympy.Integer(0)
     moved: sympy.Expr = sympy.Integer(0)
     for operation in site.body.operations:

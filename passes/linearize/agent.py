@@ -17,10 +17,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import sympy
 import torch
 from torch.nn import functional
 
 from passes import layers as layers_
+from passes.linearize import dot_product
 from rewrite.ir import (
     QK,
     Attend,
@@ -36,6 +38,7 @@ from rewrite.ir import (
     parameter,
     register_pass,
     tensor,
+    tensors_in,
 )
 
 # The paper learns the biases on a 7x7 grid, whatever the tokens' grid is, and convolves 3x3.
@@ -47,6 +50,13 @@ KERNEL_SIZE = 3
 @dataclass(frozen=True)
 class Agent(Pass):
     """`tokens` agents: sqrt(tokens) x sqrt(tokens) on a grid, so a square number there; any number along a sequence.
+
+    The published models: DeiT-T and -S with tokens=49; DeiT-B with tokens=81, layers=(0, 1, 2, 3); PVT, built without spatial reduction,
+    Swin and CSwin with tokens=(9, 16, 49, 49), one entry for each stage, which is a stack. Swin and CSwin are built such that in stages
+    with agents the window (or stripe) is the whole stage, and drop_bias=True drops the relative positions there, in whose place the
+    learned biases stand; stacks=(0, 1, 2) are those of Swin-T, stacks=(0, 1) those of Swin-S and of CSwin. The third stage of Swin-B has
+    agents in its first two blocks: stacks=(0, 1, 2), layers=(0, 1). A site that attends in windows of its grid is declined: which tokens a
+    window has is decided outside of the attention.
 
     learnable adds the paper's parameters, all zero at first so that they change nothing until trained. On a grid h x w with `prefix`
     tokens in front: agent_an_bias, agent_na_bias [H, P, 7, 7]; agent_ah_bias, agent_ha_bias [1, H, P, h, 1]; agent_aw_bias,
@@ -61,13 +71,31 @@ class Agent(Pass):
     training_free = False
     fits = Fits(kinds=frozenset({"self"}), causal=False, cached=False)
 
-    tokens: int = parameter(49, "number of agent tokens; a square number where tokens lie on a grid")
+    tokens: int | tuple[int, ...] = parameter(
+        49, "number of agent tokens, a square number where tokens lie on a grid; a tuple has one for each stack (stage, tower)"
+    )
     learnable: bool = parameter(False, "add the paper's biases and depthwise convolution as parameters, zero at first")
+    drop_bias: bool = parameter(False, "drop what the score adds by position, such as relative positions")
+    stacks: tuple[int, ...] | None = parameter(None, "the stacks (stages, towers) to work on, by number; None is every one")
     layers: tuple[int, ...] | None = parameter(None, "the layers of each stack to work on; None is every layer")
 
     def check(self) -> None:
-        self.require(self.tokens >= 1, "tokens", "at least 1")
+        self.require(min(self._counts, default=0) >= 1, "tokens", "at least 1")
+        self.require(layers_.are_layers(self.stacks), "stacks", "stack numbers from 0, each once, or None for every stack")
         self.require(layers_.are_layers(self.layers), "layers", layers_.RANGE)
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        return (self.tokens,) if isinstance(self.tokens, int) else self.tokens
+
+    def _agents(self, site: Site) -> int:
+        """The number of agents of a site."""
+        return self.tokens if isinstance(self.tokens, int) else self.tokens[site.stack]
+
+    def _score(self, site: Site) -> sympy.Expr:
+        """The site's score without what is dropped of it."""
+        dropped = self.drop_bias and not dot_product.reads_rows(site.attend.score - site.scale * QK)
+        return site.scale * QK if dropped else site.attend.score
 
     def adds_parameters(self) -> bool:
         return self.learnable
@@ -76,16 +104,20 @@ class Agent(Pass):
         return next(self._reasons_against(site), None)
 
     def _reasons_against(self, site: Site) -> Iterator[str]:
-        if reason := layers_.reason_against(self.layers, site):
+        if reason := layers_.reason_against_stack(self.stacks, site) or layers_.reason_against(self.layers, site):
             yield reason
+            return
+        if len(self._counts) <= site.stack and not isinstance(self.tokens, int):
+            yield f"it is in stack {site.stack}, and tokens has entries for {len(self._counts)} stacks"
+            return
         if not site.is_plain:
             yield f"an earlier pass changed it: it is made of {len(site.body.operations)} operations"
             return
         if site.layout.partial is not None:
             yield site.layout.partial
             return
-        queries, keys, grid, score = site.dims["Nq"], site.dims["Nk"], site.layout.grid, site.attend.score
-        extra = [name for name in site.attend.tensors() if name not in ("query", "key", "value")]
+        queries, keys, grid, score, agents = site.dims["Nq"], site.dims["Nk"], site.layout.grid, self._score(site), self._agents(site)
+        extra = list(tensors_in(score))
         if site.attend.mask != True:  # noqa: E712  (sympy.true equals True and is not it)
             yield f"it is masked ({site.attend.mask}), and agents have no positions that a mask could hold for"
         if extra:
@@ -94,36 +126,37 @@ class Agent(Pass):
             yield f"its score is {score}, not a number times qk"
         if queries != keys:
             yield f"it has {queries} queries and {keys} keys"
-        if self.tokens >= queries - site.layout.prefix:
-            yield f"{self.tokens} agents are not fewer than its {queries - site.layout.prefix} tokens"
+        if agents >= queries - site.layout.prefix:
+            yield f"{agents} agents are not fewer than its {queries - site.layout.prefix} tokens"
         if grid is not None:
             yield from self._reasons_against_grid(site, grid)
         elif self.learnable:
             yield "learnable=True needs a grid for its biases and its convolution, and no grid was found"
 
     def _reasons_against_grid(self, site: Site, grid: tuple[int, ...]) -> Iterator[str]:
-        side, text, laid = math.isqrt(self.tokens), "x".join(map(str, grid)), math.prod(grid) + site.layout.prefix
+        agents = self._agents(site)
+        side, text, laid = math.isqrt(agents), "x".join(map(str, grid)), math.prod(grid) + site.layout.prefix
         if len(grid) != 2:
             yield f"its grid {text} has {len(grid)} axes, and agents are pooled over 2"
         if laid != site.dims["Nk"]:
             yield f"{site.layout.prefix} prefix tokens and the grid {text} make {laid} tokens, it has {site.dims['Nk']}"
-        if side * side != self.tokens:
-            yield f"{self.tokens} agents form no square on its grid {text}; {side * side} or {(side + 1) ** 2} would"
+        if side * side != agents:
+            yield f"{agents} agents form no square on its grid {text}; {side * side} or {(side + 1) ** 2} would"
         if side > min(grid):
             yield f"{side}x{side} agents do not fit on its grid {text}"
         if self.learnable and site.dims["Hkv"] != site.dims["H"]:
             yield f"learnable=True convolves the values of each head, and its {site.dims['H']} heads share {site.dims['Hkv']} of them"
 
     def transform(self, site: Site) -> Site:
-        attend, prefix, grid = site.attend, site.layout.prefix, site.layout.grid
-        side = math.isqrt(self.tokens)
+        attend, prefix, grid, score, agents = site.attend, site.layout.prefix, site.layout.grid, self._score(site), self._agents(site)
+        side = math.isqrt(agents)
         pool = (
             Pool("agent_tokens", attend.query, grid, (side, side), prefix)
             if grid is not None
-            else Pool("agent_tokens", attend.query, (site.dims["Nq"] - prefix,), (self.tokens,), prefix)
+            else Pool("agent_tokens", attend.query, (site.dims["Nq"] - prefix,), (agents,), prefix)
         )
-        gather = Attend("agent_values", "agent_tokens", attend.key, attend.value, score=attend.score)
-        spread = Attend("agent_output", attend.query, "agent_tokens", "agent_values", score=attend.score)
+        gather = Attend("agent_values", "agent_tokens", attend.key, attend.value, score=score)
+        spread = Attend("agent_output", attend.query, "agent_tokens", "agent_values", score=score)
         if not self.learnable or grid is None:
             return site.with_operations(pool, gather, spread)
         grid_ = (grid[0], grid[1])
@@ -132,15 +165,15 @@ class Agent(Pass):
             pool,
             GridBias("agent_to_key_bias", "agent_an_bias", "agent_ah_bias", "agent_aw_bias", ac, grid_),
             GridBias("query_to_agent_bias", "agent_na_bias", "agent_ha_bias", "agent_wa_bias", ca, grid_, transposed=True),
-            Attend(gather.result, gather.query, gather.key, gather.value, attend.score + tensor("agent_to_key_bias", "bhij")),
-            Attend(spread.result, spread.query, spread.key, spread.value, attend.score + tensor("query_to_agent_bias", "bhij")),
+            Attend(gather.result, gather.query, gather.key, gather.value, score + tensor("agent_to_key_bias", "bhij")),
+            Attend(spread.result, spread.query, spread.key, spread.value, score + tensor("query_to_agent_bias", "bhij")),
             DepthwiseConv("agent_diversity", attend.value, "agent_dwc_weight", "agent_dwc_bias", grid_, prefix),
             Sum("agent_sum", (spread.result, "agent_diversity")),
             parameters=self._parameters(site, grid_),
         )
 
     def _parameters(self, site: Site, grid: tuple[int, int]) -> tuple[Parameter, ...]:
-        heads, agents, prefix, channels = site.dims["H"], self.tokens, site.layout.prefix, site.dims["H"] * site.dims["Dv"]
+        heads, agents, prefix, channels = site.dims["H"], self._agents(site), site.layout.prefix, site.dims["H"] * site.dims["Dv"]
         shapes: tuple[tuple[str, tuple[int, ...]], ...] = (
             ("agent_an_bias", (heads, agents, BIAS_SIZE, BIAS_SIZE)),
             ("agent_na_bias", (heads, agents, BIAS_SIZE, BIAS_SIZE)),
@@ -159,7 +192,7 @@ class Agent(Pass):
         """Agents pooled cell by cell, and the convolution written as a sum of shifted images."""
         query, key, value, site = attention.query, attention.key, attention.value, attention.site
         scale, prefix, grid = float(site.scale), site.layout.prefix, site.layout.grid
-        agents = _pooled(query[:, :, prefix:], grid or (query.shape[2] - prefix,), self.tokens)
+        agents = _pooled(query[:, :, prefix:], grid or (query.shape[2] - prefix,), self._agents(site))
         gather, spread = scale * agents @ key.transpose(-2, -1), scale * query @ agents.transpose(-2, -1)
         if not self.learnable or grid is None:
             return spread.softmax(-1) @ (gather.softmax(-1) @ value)

@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rewrite.ir.attend import Attend, BlockChoice, Groups, HeadMix, Normaliser
+from rewrite.ir.grid_rotation import GridRotation
+from rewrite.ir.input_operations import DynamicConv, Gate
 from rewrite.ir.linear_operations import FeatureMap, Ones, SharedNormaliser, WindowSum
+from rewrite.ir.mean_operations import EffectiveKeys, MeanProduct
+from rewrite.ir.merge_operations import MergeTokens, Shortcut, TokenMatch, UnmergeTokens
 from rewrite.ir.plain_operations import PlainOperation
 from rewrite.ir.statistic import Statistic
 
@@ -18,10 +22,16 @@ __all__ = [
     "BlockChoice",
     "Body",
     "DepthwiseConv",
+    "DynamicConv",
+    "EffectiveKeys",
     "FeatureMap",
+    "Gate",
     "GridBias",
+    "GridRotation",
     "Groups",
     "HeadMix",
+    "MeanProduct",
+    "MergeTokens",
     "Normaliser",
     "Ones",
     "Operation",
@@ -32,10 +42,13 @@ __all__ = [
     "RegionRoutes",
     "ReinforceHeads",
     "SharedNormaliser",
+    "Shortcut",
     "SinkGroups",
     "SparseMap",
     "Statistic",
     "Sum",
+    "TokenMatch",
+    "UnmergeTokens",
     "VisualGroups",
     "WindowSum",
 ]

@@ -78,7 +78,8 @@ class AttentionInputs:
 
     query [B, H, Nq, D], key [B, H, Nk, D], value [B, H, Nk, Dv] (heads repeated where the model shares them), logits [B, H, Nq, Nk]
     (scaled and biased scores, -inf where masked), site as recognised, hidden [B, Nk, C] or None, visual [B, Nk] bool or None (of every
-    key, those in a KV cache included; queries are the last Nq of them), parameters: what the pass added, by name.
+    key, those in a KV cache included; queries are the last Nq of them), parameters: what the pass added, by name. input [B, N, C] or
+    None: what queries and keys were projected from.
     """
 
     query: torch.Tensor
@@ -89,6 +90,7 @@ class AttentionInputs:
     hidden: torch.Tensor | None = None
     visual: torch.Tensor | None = None
     parameters: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    input: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,17 @@ import torch
 from torch import nn
 
 from rewrite import AttentionInputs, parse_pass, rewrite
-from tests.models.architectures import call, images, outputs, same_gradients, timm_model
+from tests.models.architectures import images, same_gradients, timm_model
 from tests.models.oracles import attention_replaced_by, by_reference
 from tests.models.test_passes_on_models import agrees, recognised_sites
 
 CAUSAL = ("lightning(scale='site', layers=(0,))", "hedgehog(features=8, window=4, layers=(1,))")
-VISION = ("enhanced_linear(layers=(0,))", "hedgehog(features=8, layers=(1,))")
+VISION = (
+    "enhanced_linear(layers=(0,))",
+    "inline_attention(local=True, layers=(1,))",
+    "rala(learnable=True, layers=(2,))",
+    "hedgehog(features=8, layers=(3,))",  # the last: of its tokens only the class token is read, and convolutions leave that alone
+)
 
 
 def drawn(model: nn.Module) -> Callable[[Any], dict[str, torch.Tensor]]:
@@ -79,21 +84,51 @@ def test_a_language_model_generates_and_trains() -> None:
 
 
 def test_a_vision_transformer_computes_and_trains() -> None:
-    inputs = images(96, name="x")()
-    options = {"depth": 2, "num_classes": 8, "embed_dim": 96, "num_heads": 3, "img_size": 96}
+    """Each layer by another method, with a class token."""
+    inputs, layers = images(96, name="x")(), len(VISION)
+    options = {"depth": layers, "num_classes": 8, "embed_dim": 96, "num_heads": 3, "img_size": 96}
     model = timm_model("deit_tiny_patch16_224", **options)("sdpa")
     changed = rewrite(model, list(VISION), example_inputs=inputs)
     assert [site.passes for site in changed.rewrite_report.sites] == [(text,) for text in VISION]
-    parameters, sites = drawn(changed), recognised_sites(model, inputs)
-    by_layer = [by_reference(parse_pass(text), sites, parameters=parameters) for text in VISION]
+    # What the attention of each layer is given, in the original.
+    given: dict[int, torch.Tensor] = {}
+    for layer, block in enumerate(model.blocks):
+        block.attn.register_forward_pre_hook(lambda _, arguments, layer=layer: given.update({layer: arguments[0]}))
+    known = {"parameters": drawn(changed), "input": lambda site: given[site.layer]}
+    sites = recognised_sites(timm_model("deit_tiny_patch16_224", **options)("sdpa"), inputs)
+    by_layer = [by_reference(parse_pass(text), sites, **known) for text in VISION]
 
     def function(*operands: Any) -> torch.Tensor:
-        return by_layer[operands[-1] % 2](*operands)
+        return by_layer[operands[-1] % layers](*operands)
 
-    with torch.no_grad(), attention_replaced_by(function):
-        expected = outputs(model(**inputs))
-    agrees(call(changed, inputs), expected, 2)
     with attention_replaced_by(function):
-        model(**inputs).square().mean().backward()
-    changed(**inputs).square().mean().backward()
+        expected = model(**inputs)
+    actual = changed(**inputs)
+    agrees([actual], [expected], layers)
+    expected.square().mean().backward()
+    actual.square().mean().backward()
+    same_gradients(changed, model)
+    added = {name: parameter.grad for name, parameter in changed.named_parameters() if name.startswith("rewrite_added.")}
+    assert len(added) == 1 + 2 + 4 + 4
+    assert all(gradient is not None and gradient.abs().max() > 0 for gradient in added.values())
+
+
+def test_tokens_are_merged_and_taken_apart_again() -> None:
+    """A transformer of patches alone, as diffusion models have them; its agents come from the residual stream that the graph shows."""
+    inputs, text = images(96, name="x")(), "agent_sd(ratio=0.4, agent_ratio=0.7, seed=2)"
+    options = {"depth": 2, "num_classes": 8, "embed_dim": 96, "num_heads": 3, "img_size": 96, "class_token": False, "global_pool": "avg"}
+    model = timm_model("deit_tiny_patch16_224", **options)("sdpa")
+    sites = recognised_sites(model, inputs)
+    changed = rewrite(model, [text], example_inputs=inputs)
+    assert [site.passes for site in changed.rewrite_report.sites] == [(text,)] * 2
+    streams: dict[int, torch.Tensor] = {}
+    for layer, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda _, arguments, layer=layer: streams.update({layer: arguments[0]}))
+    with attention_replaced_by(by_reference(parse_pass(text), sites, hidden=lambda site: streams[site.layer])):
+        expected = model(**inputs)
+    actual = changed(**inputs)
+    agrees([actual], [expected], 2)
+    assert (actual - model(**inputs)).abs().max() > 1e-3 * expected.abs().max()
+    expected.square().mean().backward()
+    actual.square().mean().backward()
     same_gradients(changed, model)

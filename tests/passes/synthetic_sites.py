@@ -30,9 +30,13 @@ def site(
     mask: sympy.Basic = sympy.true,
     score: sympy.Expr = SCALE * QK,
     visual: bool = False,
+    projected: bool = False,
     **facts: object,
 ) -> Site:
-    """A site of `tokens` keys; `queries` (all by default) are the last of them. visual: an image lies at IMAGE, hidden states known."""
+    """A site of `tokens` keys; `queries` (all by default) are the last of them. visual: an image lies at IMAGE, hidden states known.
+
+    projected: what queries and keys were projected from is known, and the hidden states in front of it.
+    """
     attend = Attend("output", "query", "key", "value", score=score, mask=mask)
     dims = {"B": BATCH, "H": heads[0], "Hkv": heads[1], "Nq": queries or tokens, "Nk": tokens, "D": WIDTH, "Dv": WIDTH}
     result = Site(
@@ -42,20 +46,29 @@ def site(
         stack=0,
         kind="self",
         body=Body((attend,)),
-        dims={**dims, "C": CHANNELS} if visual else dims,
+        dims=dims
+        | ({"C": CHANNELS if visual else WIDTH} if visual or projected else {})
+        | ({"Cin": heads[0] * WIDTH} if projected else {}),
         layout=TokenLayout(grid, prefix, visual),
-        operands=("query", "key", "value", *attend.tensors(), *(("hidden", "visual") if visual else ())),
+        operands=(
+            "query",
+            "key",
+            "value",
+            *attend.tensors(),
+            *(("hidden", "visual") if visual else ()),
+            *(("hidden", "input") if projected else ()),
+        ),
         cached=queries is not None,
     )
     return replace(result, **facts)  # type: ignore[arg-type]
 
 
 SITES: dict[str, Site] = {
-    "grid": site(72, (8, 9)),
+    "grid": site(72, (8, 9), projected=True),
     "grid of even sides": site(98, (8, 12), 2, layer=2),
-    "grid, CLS": site(73, (8, 9), 1),
-    "grid, CLS and registers": site(77, (8, 9), 5),
-    "grid, shared heads": site(73, (8, 9), 1, heads=(4, 2)),
+    "grid, CLS": site(73, (8, 9), 1, projected=True),
+    "grid, CLS and registers": site(77, (8, 9), 5, projected=True),
+    "grid, shared heads": site(73, (8, 9), 1, heads=(4, 2), projected=True),
     "grid, bias": site(72, (8, 9), score=SCALE * QK + tensor("bias", "hij")),
     "grid, mask": site(72, (8, 9), mask=sympy.Ne(tensor("padding", "bj"), 0)),
     "grid, other count": site(49, (8, 9)),
@@ -107,7 +120,9 @@ class Example:
         """What a pass's reference is given."""
         repeat = self.site.dims["H"] // self.site.dims["Hkv"]
         key, value = (self.operands[name].repeat_interleave(repeat, dim=1) for name in ("key", "value"))
-        return AttentionInputs(self.operands["query"], key, value, self.logits, self.site, self.hidden, self.visual, parameters)
+        return AttentionInputs(
+            self.operands["query"], key, value, self.logits, self.site, self.hidden, self.visual, parameters, self.operands.get("input")
+        )
 
 
 def example(case: Site, seed: int = 0) -> Example:
@@ -118,7 +133,7 @@ def example(case: Site, seed: int = 0) -> Example:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=random, dtype=torch.float64)
 
-    hidden = normal(BATCH, keys, CHANNELS if case.layout.visual else 1)
+    hidden = normal(BATCH, keys, case.dims.get("C", 1))
     visual = torch.zeros(BATCH, keys, dtype=torch.bool)
     if case.layout.visual:
         for row in range(BATCH):
@@ -132,6 +147,7 @@ def example(case: Site, seed: int = 0) -> Example:
         "padding": (torch.arange(keys) >= torch.tensor([[1], [0]])).to(torch.int32),
         "hidden": hidden[:, keys - queries :],
         "visual": visual[:, keys - queries :],
+        "input": normal(BATCH, queries, case.dims.get("Cin", 1)),
     }
     operands = {name: tensors[name] for name in case.operands}
     logits = float(SCALE) * tensors["query"] @ tensors["key"].repeat_interleave(heads // kv_heads, dim=1).transpose(-2, -1)

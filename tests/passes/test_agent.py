@@ -28,11 +28,22 @@ from rewrite.ir import QK, PassError, Program, tensor
         (Agent(4, learnable=True), SITES["sequence"], "no grid was found"),
         (Agent(4, learnable=True), SITES["grid, shared heads"], "its 4 heads share 2"),
         (Agent(4, layers=(0, 1)), SITES["grid"], "it is layer 3"),
+        (Agent(4, stacks=(1, 2)), SITES["grid"], "it is in stack 0, and stacks=(1, 2)"),
+        (Agent((4, 9)), site(72, (8, 9), stack=2), "it is in stack 2, and tokens has entries for 2 stacks"),
+        (Agent(4, drop_bias=True), site(72, (8, 9), score=SCALE * QK + tensor("bias", "bhij")), "its score reads bias"),
+        (Agent(4, drop_bias=True), site(72, (8, 9), score=SCALE * QK * tensor("scale", "h")), "its score reads scale"),
     ],
 )
 def test_declines(setting: Agent, case: object, words: str) -> None:
     ((_, _, reason),) = setting.apply(Program((case,))).declined
     assert words in reason
+
+
+def test_each_stack_has_its_own_number_of_agents() -> None:
+    sites = tuple(site(72, (8, 9), stack=stack, name=f"stages.{stack}") for stack in range(3))
+    program = Agent((4, 9, 16), learnable=True, stacks=(0, 2)).apply(Program(sites))
+    shapes = [[each.shape for each in one.body.parameters if each.name == "agent_an_bias"] for one in program.sites]
+    assert shapes == [[(2, 4, 7, 7)], [], [(2, 16, 7, 7)]]
 
 
 def test_after_another_pass_on_the_same_site_it_is_declined() -> None:
@@ -68,7 +79,9 @@ def test_learnable_parameters_have_the_papers_shapes() -> None:
     }
 
 
-@pytest.mark.parametrize("values", [{"tokens": 0}, {"layers": ()}, {"layers": (-1,)}])
+@pytest.mark.parametrize(
+    "values", [{"tokens": 0}, {"tokens": ()}, {"tokens": (4, 0)}, {"stacks": (0, 0)}, {"layers": ()}, {"layers": (-1,)}]
+)
 def test_out_of_range(values: dict[str, object]) -> None:
     with pytest.raises(PassError, match=r"agent: .* is out of range"):
         Agent(**values)

@@ -18,6 +18,16 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "agent(tokens=9, layers=(3,))",
         "agent(tokens=5)",
         "agent(layers=(0,))",
+        "agent(tokens=(9, 4), drop_bias=True)",
+        "agent(tokens=4, learnable=True, drop_bias=True, stacks=(0, 2))",
+        "agent(tokens=4, stacks=(1,))",
+    ),
+    "agent_sd": (
+        "agent_sd(ratio=0.4, stride=4, agent_ratio=0.95, seed=None)",
+        "agent_sd(ratio=0.7, stride=(2, 3), agent_ratio=0.9, power=0.5, shortcut=0.5, seed=3)",
+        "agent_sd(ratio=0.5, agent_ratio=0.5)",
+        "agent_sd(ratio=0.99, layers=(3,))",
+        "agent_sd(stride=(9, 1))",
     ),
     "neighborhood": (
         "neighborhood(window=3)",
@@ -32,6 +42,14 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     ),
     "lightning": ("lightning(scale='site')", "lightning(layers=(3,))"),
     "hedgehog": ("hedgehog(features=3)", "hedgehog(features=2, window=5)", "hedgehog(features=4, window=1, affine=True, layers=(3,))"),
+    "inline_attention": (
+        "inline_attention(local=True)",
+        "inline_attention(kernel='relu', drop_bias=True)",
+        "inline_attention(kernel='leaky_relu', stacks=(0,), layers=(3,))",
+        "inline_attention(kernel='exp', local=True)",
+        "inline_attention(stacks=(1,))",
+    ),
+    "rala": ("rala(learnable=True)", "rala(layers=(2,))"),
     "enhanced_linear": ("enhanced_linear(smallest=0.5)", "enhanced_linear(layers=(0,))"),
     "token_exit": ("token_exit(layer=0)", "token_exit(layer=4)", "token_exit(layer=6)"),
     "temperature": (

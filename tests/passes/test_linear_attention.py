@@ -7,33 +7,18 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lowered_body import lowered
 from synthetic_sites import CAUSAL, SITES, example, random_parameters, site
 
 from codegen.operator import attend
-from passes import Agent, EnhancedLinear, Hedgehog, Lightning
-from rewrite.ir import Attend, Pass, PassError, PlainOperation, Program, Site, tensor
-from rewrite.lower.functions import plain_operation
+from passes import Agent, EnhancedLinear, Hedgehog, InlineAttention, Lightning, Rala
+from rewrite.ir import QK, Pass, PassError, Program, Site, TokenLayout, tensor
 
 
 def changed(setting: Pass, case: Site) -> Site:
     program = setting.apply(Program((case,)))
     assert program.touched, program.declined
     return program.sites[0]
-
-
-def lowered(rewritten: Site, operands: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The site's output by the operators that a graph runs."""
-    values = dict(operands)
-    for operation in rewritten.body.operations:
-        if isinstance(operation, Attend):
-            query, key, value = (values[name] for name in (operation.query, operation.key, operation.value))
-            values[operation.result] = attend(operation, query, key, value, values)
-        else:
-            assert isinstance(operation, PlainOperation)
-            reads = operation.reads()
-            first, *others = (values[name] for name in reads.values())
-            values[operation.result] = plain_operation(first, type(operation).__name__, tuple(reads), tuple(others), operation.facts())
-    return values[rewritten.body.result]
 
 
 @settings(max_examples=12, deadline=None)
@@ -72,6 +57,50 @@ def test_output_and_every_gradient(setting: Pass, queries: int, earlier: int, pa
         torch.testing.assert_close(nothing if got is None else got, nothing if want is None else want, rtol=1e-8, atol=1e-8, msg=name)
 
 
+@settings(max_examples=12, deadline=None)
+@given(
+    st.sampled_from((InlineAttention(local=True), InlineAttention(kernel="leaky_relu", local=True), Rala(), Rala(learnable=True))),
+    st.tuples(st.integers(1, 5), st.integers(1, 4)),
+    st.integers(0, 2),
+    st.integers(0, 99),
+)
+def test_output_and_every_gradient_on_a_grid(setting: Pass, grid: tuple[int, int], prefix: int, seed: int) -> None:
+    case = site(grid[0] * grid[1] + prefix, grid, prefix, projected=True)
+    rewritten, shown = changed(setting, case), example(case, seed)
+    leaves = {name: value.clone().requires_grad_() for name, value in {**shown.operands, **random_parameters(rewritten, seed)}.items()}
+    again = type(shown)(case, leaves, shown.hidden, shown.visual, shown.logits)
+    expected, output = setting.reference(again.inputs(leaves)), lowered(rewritten, leaves)
+    torch.testing.assert_close(output, expected, rtol=1e-9, atol=1e-9)
+    received = torch.randn(expected.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    known, found = (torch.autograd.grad(each, list(leaves.values()), received, allow_unused=True) for each in (expected, output))
+    for name, got, want in zip(leaves, found, known, strict=True):
+        assert (got is None) == (want is None), name
+        if got is not None and want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8, msg=name)
+
+
+def test_weights_of_inline_attention_sum_to_one() -> None:
+    shown = example(SITES["grid"])
+    ones = {**shown.operands, "value": torch.ones_like(shown.operands["value"])}
+    output = lowered(changed(InlineAttention(), shown.site), ones)
+    torch.testing.assert_close(output, torch.ones_like(output))
+
+
+@pytest.mark.parametrize("setting", [InlineAttention(local=True), Rala(learnable=True)])
+def test_what_is_learned_starts_without_effect(setting: Pass) -> None:
+    shown = example(SITES["grid, CLS"])
+    without, with_ = (changed(each, shown.site) for each in (type(setting)(), setting))
+    start = {"zeros": 0.0, "ones": 1.0}
+    added = {
+        each.name: torch.full(each.shape, start[each.init], dtype=torch.float64)
+        if isinstance(each.init, str)
+        else torch.randn(each.shape, dtype=torch.float64)
+        for each in with_.body.parameters
+    }
+    assert added
+    torch.testing.assert_close(lowered(with_, {**shown.operands, **added}), lowered(without, shown.operands))
+
+
 def test_a_decay_that_overflows_where_it_is_hidden_leaves_no_trace() -> None:
     """The first of 32 heads would weigh a key 200 steps ahead by e^168, which float32 does not have."""
     operation = changed(Lightning(), site(200, heads=(32, 32), mask=CAUSAL)).attend
@@ -99,6 +128,16 @@ def test_a_decoding_step_of_lightning_goes_on_where_the_prompt_ended() -> None:
         (Hedgehog(), SITES["grid, bias"], "features of queries and keys have no place for the rest"),
         (Hedgehog(window=3), SITES["grid"], "it is not causal, and window=3 is of the last keys"),
         (EnhancedLinear(), SITES["text"], "it is causal"),
+        (InlineAttention(), SITES["grid, mask"], "its weights sum to one over all keys"),
+        (InlineAttention(), SITES["grid, bias"], "its score is"),
+        (InlineAttention(drop_bias=True), site(9, score=QK + tensor("windows", "bij")), "its score is"),
+        (InlineAttention(local=True), SITES["sequence"], "lie on no grid that was found"),
+        (InlineAttention(local=True), SITES["grid, shared heads"], "its 4 heads share 2"),
+        (InlineAttention(local=True), SITES["grid of even sides"], "which was not found"),
+        (InlineAttention(stacks=(1, 2)), SITES["grid"], "it is in stack 0, and stacks=(1, 2)"),
+        (Rala(), site(49, layout=TokenLayout((14, 14), window=(7, 7))), "it attends in windows of 7x7"),
+        (Rala(), SITES["grid, shared heads"], "4 heads share 2"),
+        (Rala(learnable=True), SITES["grid of even sides"], "which was not found"),
         (EnhancedLinear(layers=(1,)), SITES["grid"], "it is layer 3, and layers=(1,)"),
     ],
 )
