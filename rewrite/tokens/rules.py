@@ -90,7 +90,9 @@ _ALIASES = MappingProxyType(
         **{name + "_": name for name in ("and", "or")},
         **{"i" + name: name for name in _names("add sub mul truediv floordiv pow mod and or xor")},
         **{"swapaxes": "transpose", "swapdims": "transpose", "moveaxis": "movedim", "concat": "cat", "concatenate": "cat"},
-        **{"__getitem__": "getitem", "special_softmax": "softmax", "special_expit": "sigmoid", "tile": "repeat"},
+        # Dynamo before 2.12 writes a tensor's comparisons as methods.
+        **{f"__{name}__": name for name in _names("getitem eq ne lt le gt ge")},
+        **{"special_softmax": "softmax", "special_expit": "sigmoid", "tile": "repeat"},
         **{"broadcast_to": "expand", "_softmax": "softmax", "_to_copy": "to", "linalg_vector_norm": "vector_norm"},
     }
 )

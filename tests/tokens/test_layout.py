@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from token_graphs import traced
-from token_models import IMAGE_TOKEN, LENGTH, capturing, inputs, module_of, vision_language_model
+from token_models import IMAGE_TOKEN, LENGTH, capturing, inputs, module_of, vision_language_model, whole_graphs
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
@@ -201,6 +201,7 @@ def test_what_is_no_visual_merge(case: str) -> None:
     assert not visual_merges(traced(NOT_MERGES[case], IDS, FEATURES, TABLE).graph)
 
 
+@whole_graphs
 def test_a_vision_language_model() -> None:
     model: Any = vision_language_model("sdpa")
     call = inputs()

@@ -18,11 +18,14 @@ from token_models import (
     inputs,
     masked_from,
     vision_language_model,
+    whole_graphs,
 )
 from torch import Tensor, fx
 
 from rewrite.tokens.gather import gather_tokens
 from rewrite.tokens.surgery import Selection, push_selections
+
+pytestmark = whole_graphs
 
 KEPT = LENGTH - VISUAL
 
