@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from passes import Calibrate
 from rewrite import AttentionInputs, Pass, Site
 
 Attention = Callable[..., torch.Tensor]
@@ -67,6 +68,61 @@ def by_reference(one: Pass, sites: list[Site], **known: Any) -> Attention:
         return one.reference(inputs)
 
     return function
+
+
+class PassesByLayer:
+    """Attention of a language model and its vision tower as passes say, each where it fits: in a forward, and in `generate()`, where the
+    model's own cache holds the keys of the prompt.
+
+    sites: in call order; decoding calls the language's alone. At most one pass fits a site. visual [B, N]: of the prompt. layers: of the
+    language model, whose inputs some passes read.
+    """
+
+    def __init__(self, passes: list[Pass], sites: list[Site], visual: torch.Tensor, layers: nn.ModuleList) -> None:
+        self.sites, self.visual = sites, visual
+        self.language = [site for site in sites if site.layout.visual]
+        fitting = {s.name: [one for one in passes if one.fits.reason_against(s) is None and one.declines(s) is None] for s in sites}
+        assert all(len(found) <= 1 for found in fitting.values())
+        self.chosen = {name: found[0] for name, found in fitting.items() if found}
+        self.hidden: dict[int, torch.Tensor] = {}
+        self.sinks: dict[int, torch.Tensor] = {}
+        for layer in layers:
+            layer.register_forward_pre_hook(self._keep, with_kwargs=True)
+
+    def _keep(self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        states = arguments[0] if arguments else keywords["hidden_states"]
+        if states.shape[1] > 1:
+            self.hidden[module.self_attn.layer_idx] = states
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: torch.Tensor, number: int) -> torch.Tensor:
+        decoding = number >= len(self.sites)
+        site = self.language[(number - len(self.sites)) % len(self.language)] if decoding else self.sites[number]
+        one = self.chosen.get(site.name)
+        if one is None:
+            return plain(query, key, value, logits, number)
+        # A decoding step has one query, of which transformers lays the heads that share a key head on the axis of queries.
+        shape = logits.shape[:3]
+        if decoding:
+            key, value = (operand.repeat_interleave(shape[2], dim=1) for operand in (key, value))
+            query, logits = (operand.flatten(1, 2).unsqueeze(2) for operand in (query, logits))
+        if isinstance(one, Calibrate):
+            return self._calibrated(one, site, logits, value).reshape(*shape, -1)
+        ahead = logits.shape[-1] - self.visual.shape[1]
+        visual = functional.pad(self.visual, (0, ahead))  # what is generated is text, and no sink
+        hidden = functional.pad(self.hidden[site.layer], (0, 0, 0, ahead)) if site.layout.visual else None
+        return one.reference(AttentionInputs(query, key, value, logits, site, hidden, visual)).reshape(*shape, -1)
+
+    def _calibrated(self, setting: Calibrate, site: Site, logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """With the sinks that the prompt's tokens have among themselves: the pass's reference knows no cache."""
+        weights, prompt = logits.softmax(-1).nan_to_num(0.0), self.visual.shape[1]
+        if logits.shape[-2] == prompt:
+            received = weights.tril().sum(2) / torch.arange(prompt, 0, -1)
+            sinks = received > setting.threshold
+            self.sinks[site.layer] = sinks & (sinks.cumsum(-1) > 1)
+        sinks = functional.pad(self.sinks[site.layer], (0, logits.shape[-1] - prompt))[:, :, None]
+        taken = (1 - setting.beta) * (weights * sinks).sum(-1, keepdim=True)
+        others = weights * ~sinks
+        return (others * (1 + taken / others.sum(-1, keepdim=True).clamp(min=1e-20)) + setting.beta * weights * sinks) @ value
 
 
 @contextlib.contextmanager

@@ -1,28 +1,21 @@
-"""Passes of the family redistribute on real models: forward, training, and token for token in `generate()`."""
+"""Passes of the family redistribute on a vision transformer: forward and training. For language models see test_language_models."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from torch.nn import functional
 
-from passes import Calibrate
-from rewrite import AttentionInputs, Pass, parse_pass, rewrite
+from rewrite import Pass, parse_pass, rewrite
 from tests.models.architectures import (
-    IMAGE_TOKEN,
     IMPLEMENTATIONS,
     call,
     images,
-    llava,
-    llava_inputs,
     outputs,
     rewritten,
     same_gradients,
     timm_model,
 )
-from tests.models.oracles import attention_replaced_by, by_reference, plain
+from tests.models.oracles import attention_replaced_by, by_reference
 from tests.models.test_passes_on_models import agrees, recognised_sites
 
 LAYERS = 3
@@ -80,59 +73,3 @@ def test_beta_of_every_layer_is_learnt() -> None:
     before = [value.item() for value in added.values()]
     torch.optim.SGD(changed.parameters(), lr=1.0).step()
     assert all(value.item() != was for value, was in zip(added.values(), before, strict=True))
-
-
-SMALL: dict[str, int] = {"layers": 2, "vision_layers": 1, "image_size": 28}
-GREEDY: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
-CALIBRATE, HEADS = "calibrate(beta=0.1, threshold=0.05, layers=(0,))", "head_reinforce(factor=2.5, layers=(1,))"
-
-
-def calibrated_by_the_prompt(setting: Calibrate, logits: torch.Tensor, value: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Attention over whole sequences with the sinks that the first `prompt` tokens have among themselves."""
-    weights = logits.softmax(-1).nan_to_num(0.0)
-    received = weights[:, :, :prompt, :prompt].tril().sum(2) / torch.arange(prompt, 0, -1)
-    sinks = received > setting.threshold
-    sinks = functional.pad(sinks & (sinks.cumsum(-1) > 1), (0, weights.shape[-1] - prompt))[:, :, None]
-    taken = (1 - setting.beta) * (weights * sinks).sum(-1, keepdim=True)
-    others = weights * ~sinks
-    return (others * (1 + taken / others.sum(-1, keepdim=True).clamp(min=1e-20)) + setting.beta * weights * sinks) @ value
-
-
-def by_both(sites: list[Any], visual: torch.Tensor, prompt: int) -> Any:
-    """Attention as each pass says in its layer of the language model, plain in the vision tower."""
-    calibrate, heads = parse_pass(CALIBRATE), parse_pass(HEADS)
-    assert isinstance(calibrate, Calibrate)
-
-    def function(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: torch.Tensor, number: int) -> torch.Tensor:
-        site = sites[number % len(sites)]
-        if not site.layout.visual:
-            return plain(query, key, value, logits, number)
-        if site.layer == 0:
-            return calibrated_by_the_prompt(calibrate, logits, value, prompt)
-        return heads.reference(AttentionInputs(query, key, value, logits, site, visual=visual))
-
-    return function
-
-
-def test_decoding_knows_the_image_and_the_sinks_of_the_prompt() -> None:
-    """Each token as from a forward over the whole sequence with the passes' own definitions as attention."""
-    inputs = llava_inputs(image_size=SMALL["image_size"])
-    model, oracle = llava("eager", **SMALL), llava("sdpa", **SMALL)
-    changed = rewritten(model, [CALIBRATE, HEADS], inputs)
-    assert [site.passes for site in changed.rewrite_report.sites if site.passes] == [(CALIBRATE,), (HEADS,)]
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    prompt = ids.shape[1]
-    with torch.no_grad():
-        sites = recognised_sites(oracle, inputs)
-    for _ in range(GREEDY["max_new_tokens"]):
-        with torch.no_grad(), attention_replaced_by(by_both(sites, ids == IMAGE_TOKEN, prompt)):
-            logits = oracle(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], use_cache=False).logits
-        if ids.shape[1] == prompt:
-            with torch.no_grad():
-                first = changed(**inputs).logits
-            real = mask.bool()
-            assert (first - logits)[real].abs().max() <= 1e3 * torch.finfo(torch.float32).eps * logits[real].abs().max()
-        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-    assert torch.equal(changed.generate(**inputs, **GREEDY), ids)
-    assert not torch.equal(model.generate(**inputs, **GREEDY), ids)
