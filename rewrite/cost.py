@@ -147,7 +147,7 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 tokens[operation.result] = axes[operation.result].tokens
                 multiply_adds += _S["B"] * operation.cost(given)
                 moved += _S["B"] * sum(math.prod(each) for each in (*given.values(), axes[operation.result]))
-            case Sum():
+            case Sum() if operation.terms[0] in axes:  # of tensors by token and channel; a sum may name a mask anew
                 tokens[operation.result], axes[operation.result] = tokens[operation.terms[0]], axes[operation.terms[0]]
             case _:
                 pass
