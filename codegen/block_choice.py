@@ -107,13 +107,13 @@ def _by_block(places: torch.Tensor, members: torch.Tensor, n_blocks: int) -> tup
     return torch.where(taken, table, table[:, :1]), None if taken.all() else taken
 
 
-def _places(index: sympy.Expr, n_queries: int, n_keys: int) -> torch.Tensor:
+def block_places(index: sympy.Expr, n_queries: int, n_keys: int) -> torch.Tensor:
     """The block of every query, or of every key, before it is clamped to the tensor's axis."""
     known, wanted = positions(n_queries, n_keys, torch.device("cpu")), n_queries if I in index.free_symbols else n_keys
     return torch.as_tensor(evaluate_expression(index, known)).flatten().expand(wanted)
 
 
-def _seen_by_position(near: Boolean, n_queries: int, n_keys: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def seen_by_position(near: Boolean, n_queries: int, n_keys: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(which queries see every key by position, which keys all others see by position), bool; None where these differ among them."""
     everywhere, common = torch.zeros(n_queries, dtype=torch.bool), torch.zeros(n_keys, dtype=torch.bool)
     if near == sympy.false:
@@ -141,10 +141,10 @@ def block_plan(term: ChoiceTerm, sizes: tuple[int, int], blocks: tuple[int, int]
 
     None where it does not pay, or where queries see different keys by position.
     """
-    (n_queries, n_keys), seen = sizes, _seen_by_position(term.near, *sizes)
+    (n_queries, n_keys), seen = sizes, seen_by_position(term.near, *sizes)
     if seen is None or not n_queries or not n_keys:
         return None
-    places = [_places(index, n_queries, n_keys) for index in term.indices[-2:]]
+    places = [block_places(index, n_queries, n_keys) for index in term.indices[-2:]]
     n_blocks = blocks or tuple(max(1, int(place.max()) + 1) for place in places)
     row_place, column_place = (place.clamp(0, count - 1) for place, count in zip(places, n_blocks, strict=True))
     everywhere, (others, left) = seen[0].nonzero().flatten(), ((~kind).nonzero().flatten() for kind in seen)

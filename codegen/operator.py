@@ -18,9 +18,9 @@ from codegen.backward_kernel import has_triton_backward
 from codegen.contraction_order import Sizes, state_plan
 from codegen.kernel import has_triton_form
 from codegen.operands import named_operands, require_attention
+from codegen.ordered_launch import launch_attention_in_order, launch_backward_in_order
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
-from codegen.tuned_launch import launch_attention, launch_backward
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.operations import Attend
 
@@ -63,7 +63,7 @@ def _attend_cuda(
     out, lse = output_like(query, value)
     if out.numel():
         with torch.cuda.device(query.device):
-            launch_attention(attend, (_rows(query), _rows(key), _rows(value)), tensors, out, lse)
+            launch_attention_in_order(attend, (_rows(query), _rows(key), _rows(value)), tensors, out, lse)
     return out, lse
 
 
@@ -117,7 +117,7 @@ def _attend_backward_cuda(
     gradients = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     received = (_rows(out), lse, _rows(grad_out), grad_lse)
     with torch.cuda.device(query.device):
-        asked = launch_backward(attend, (_rows(query), _rows(key), _rows(value)), tensors, received, gradients, wanted)
+        asked = launch_backward_in_order(attend, (_rows(query), _rows(key), _rows(value)), tensors, received, gradients, wanted)
     return [*gradients, *asked]
 
 

@@ -45,7 +45,7 @@ def tile_list(predicate: str, tensors: Mapping[str, torch.Tensor], operands: Ope
     """
     tiles = (-(-operands[0].shape[2] // block[0]), -(-operands[1].shape[2] // block[1]))
     # With one block of queries there is little to choose from, and decoding has no time for it.
-    if tiles[0] == 1 or _work(operands) < LEAST_WORK:
+    if tiles[0] == 1 or not is_worth_a_list(operands):
         return _every_tile(*tiles, operands[0].device)
     may, full = _known(predicate, tensors, operands, block)
     if operands[1].shape[2] % block[1]:
@@ -56,7 +56,7 @@ def tile_list(predicate: str, tensors: Mapping[str, torch.Tensor], operands: Ope
 def transposed_tile_list(predicate: str, tensors: Mapping[str, torch.Tensor], operands: Operands, block: tuple[int, int]) -> TileList:
     """As `tile_list`, for blocks of keys: which blocks of queries see them, in full, and cut by the mask or the end of the queries."""
     tiles = (-(-operands[1].shape[2] // block[1]), -(-operands[0].shape[2] // block[0]))
-    if tiles[0] == 1 or _work(operands) < LEAST_WORK:
+    if tiles[0] == 1 or not is_worth_a_list(operands):
         return _every_tile(*tiles, operands[0].device)
     may, full = (known.transpose(2, 3) for known in _known(predicate, tensors, operands, block))
     if operands[0].shape[2] % block[0]:
@@ -64,10 +64,11 @@ def transposed_tile_list(predicate: str, tensors: Mapping[str, torch.Tensor], op
     return _listed(full & may, may & ~full)
 
 
-def _work(operands: Operands) -> int:
+def is_worth_a_list(operands: Operands) -> bool:
+    """Whether an attention of query, key and value takes longer than its list: `LEAST_WORK`."""
     query, key, value = operands
     batch, heads, n_queries, width = query.shape
-    return 2 * batch * heads * n_queries * key.shape[2] * (width + value.shape[3])
+    return 2 * batch * heads * n_queries * key.shape[2] * (width + value.shape[3]) >= LEAST_WORK
 
 
 def _known(

@@ -191,3 +191,20 @@ def run_tuned(attend_json: str, operands: list[torch.Tensor], preferred: list[tu
         gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
         asked = tuned_launch.launch_backward(attend_json, (query, key, value), tensors, received, gradients, [0], tuner)
         return [*gradients, *asked], launched, len(timed)
+
+
+def run_in_order(
+    attend_json: str, operands: list[torch.Tensor], received: tuple[torch.Tensor, torch.Tensor], wanted: list[int]
+) -> list[torch.Tensor]:
+    """out, lse, and the gradients of query, key, value and the wanted tensors, by kernels that are given the tokens in another order."""
+    from codegen.ordered_launch import launch_attention_in_order, launch_backward_in_order, order_of
+    from codegen.torch_streaming import output_like
+
+    query, key, value, *tensors = operands
+    assert order_of(attend_json, (query, key, value)) is not None
+    out, lse = (each.fill_(torch.nan) for each in output_like(query, value))
+    launch_attention_in_order(attend_json, (query, key, value), tensors, out, lse)
+    gradients = tuple(torch.full(operand.shape, torch.nan) for operand in (query, key, value))
+    given = (out.contiguous(), lse, *received)
+    asked = launch_backward_in_order(attend_json, (query, key, value), tensors, given, gradients, wanted)  # type: ignore[arg-type]
+    return [out, lse, *gradients, *asked]
