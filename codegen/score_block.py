@@ -47,8 +47,8 @@ def sum_over_queries(weights: torch.Tensor, rows: torch.Tensor, key_heads: int) 
 def _positions(query: torch.Tensor, key: torch.Tensor, visit: Visit) -> dict[str, Any]:
     device = query.device
     return {
-        "b": torch.arange(query.shape[0], device=device).view(-1, 1, 1, 1),
-        "h": torch.arange(query.shape[1], device=device).view(1, -1, 1, 1),
+        "b": torch.arange(query.shape[0], device=device)[visit.planes.batch].view(-1, 1, 1, 1),
+        "h": torch.arange(query.shape[1], device=device)[visit.planes.heads].view(1, -1, 1, 1),
         "i": visit.query_positions(device).view(1, 1, -1, 1),
         "j": visit.key_positions(device).view(1, 1, 1, -1),
         "Nq": query.shape[2],

@@ -38,7 +38,7 @@ def read_block(tensor: torch.Tensor, indices: Indices, values: Mapping[str, Any]
     if isinstance(visit, GatheredVisit):
         return tensor.reshape(-1)[_entries(tensor.shape, indices, values, tensor.device)]
     plain = letters(indices)
-    return read_at(tensor, indices, values) if plain is None else visit.keys(visit.queries(aligned(tensor, plain), 2), 3)
+    return read_at(tensor, indices, values) if plain is None else visit.pairs(aligned(tensor, plain))
 
 
 @lru_cache(maxsize=1024)
@@ -72,11 +72,11 @@ class TensorGradient:
         total = aligned(self.total, plain)
         whole = [axis for axis in range(4) if total.shape[axis] == 1]
         part = part.sum(whole, keepdim=True) if whole else part
-        rows = slice(None) if 2 in whole else visit.rows
-        columns = slice(None) if 3 in whole else visit.columns
+        places = zip(range(4), (*visit.of_queries, visit.columns), strict=True)
+        batch, heads, rows, columns = (slice(None) if axis in whole else place for axis, place in places)
         if isinstance(rows, torch.Tensor) and isinstance(columns, torch.Tensor):
             rows = rows[:, None]
-        total[:, :, rows, columns] += part
+        total[batch, heads, rows, columns] += part
 
     def _add_entries(self, part: torch.Tensor, values: Mapping[str, Any]) -> None:
         entry = _entries(self.total.shape, self.indices, values, part.device)

@@ -24,8 +24,8 @@ from rewrite.ir.operations import Attend
 
 
 def _add_columns(total: torch.Tensor, part: torch.Tensor, visit: Visit) -> None:
-    """total[:, :, columns] += part; the columns of a visit are distinct, so that the order of the sum is fixed."""
-    total[:, :, visit.columns] += part
+    """total[:, :, columns] += part of the visited planes; the columns of a visit are distinct, so that the order of the sum is fixed."""
+    total[visit.of_keys] += part
 
 
 def attend_gradients(
@@ -57,10 +57,10 @@ def attend_gradients(
         block = ScoreBlock(attend, query, key, tensors, visit)
         block.read_dot(rows, keys)
         attention = AttentionBlock(block, tensors)
-        _add_columns(d_value, sum_over_queries(attention.weights, d_rows, value.shape[1]), visit)
+        _add_columns(d_value, sum_over_queries(attention.weights, d_rows, values.shape[1]), visit)
         d_dot = attention.dot_gradient(dot(d_rows, values), d_lse, gradients)
-        d_query[:, :, visit.rows] = weighted_sum(d_dot, keys)
-        _add_columns(d_key, sum_over_queries(d_dot, rows, key.shape[1]), visit)
+        d_query[visit.of_queries] = weighted_sum(d_dot, keys)
+        _add_columns(d_key, sum_over_queries(d_dot, rows, keys.shape[1]), visit)
     whole = ((d_query, query), (d_key, key), (d_value, value))
     return [*(total.to(operand.dtype) for total, operand in whole), *(gradient.result() for gradient in gradients)]
 

@@ -12,20 +12,16 @@ from functools import lru_cache
 
 import sympy
 import torch
-from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
 from codegen.base_two import LOG2_E
 from codegen.score_block import ScoreBlock, dot, linear_score, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative, read_block
-from codegen.torch_streaming import blockwise_visits
+from codegen.torch_streaming import planes_at_a_time, query_visits
 from codegen.visits import Visit
 from rewrite.ir.expression import W, tensors_in
 from rewrite.ir.semantics import evaluate_expression
 from rewrite.ir.statistic import Statistic
-
-# Stands for -inf where it is multiplied by log2(e).
-LOWEST = -1e38
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -40,20 +36,25 @@ def statistic_visits(
     statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors
 ) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
     """The visits of the rows that are read, and where their rows lie among those."""
-    rows = row_range(statistic, query.shape[2])
-    for visit in blockwise_visits(statistic.attend, query, key, tensors):
-        if len(rows) == query.shape[2]:
-            yield visit, visit.rows
-        elif isinstance(visit.rows, slice):
+    found = list(_cut(query_visits(statistic.attend, query, key, tensors), row_range(statistic, query.shape[2])))
+    for planes in planes_at_a_time([visit for visit, _ in found], statistic.attend, query, key):
+        for visit, place in found:
+            yield visit._replace(planes=planes), place
+
+
+def _cut(found: Sequence[Visit], rows: range) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
+    """Visits cut to some of the rows, and where the rows that are left lie among those; visits without any are left out."""
+    for visit in found:
+        if isinstance(visit.rows, slice):
             start, stop = max(visit.rows.start, rows.start), min(visit.rows.stop, rows.stop)
             if start < stop:
                 seen = None if visit.seen is None else visit.seen[start - visit.rows.start : stop - visit.rows.start]
-                yield Visit(slice(start, stop), visit.columns, seen), slice(start - rows.start, stop - rows.start)
+                yield visit._replace(rows=slice(start, stop), seen=seen), slice(start - rows.start, stop - rows.start)
         else:
             kept = (visit.rows >= rows.start) & (visit.rows < rows.stop)
             if kept.any():
                 chosen = visit.rows[kept]
-                yield Visit(chosen, visit.columns, None if visit.seen is None else visit.seen[kept]), chosen - rows.start
+                yield visit._replace(rows=chosen, seen=None if visit.seen is None else visit.seen[kept]), chosen - rows.start
 
 
 def result_shape(statistic: Statistic, query: torch.Tensor, key: torch.Tensor) -> tuple[int, int, int]:
@@ -85,27 +86,23 @@ def uses_lse(statistic: Statistic) -> bool:
     return replace(statistic.attend, sink=None).is_plain and linear_score(statistic.attend.score) is not None
 
 
-def _exponentials(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit) -> ScoreBlock:
-    """The weights on one visit as `w` of its block, in one product and one exponential; query and key as `_with_lse` gives them."""
+def _exponentials(
+    statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit, lse: torch.Tensor
+) -> ScoreBlock:
+    """The weights on one visit as `w` of its block, in one product and one exponential; rows that see no key weigh nothing."""
     block = ScoreBlock(statistic.attend, query, key, tensors, visit)
-    scores = dot(visit.queries(query, 2), visit.keys(key, 2))
-    _, rest = linear_score(statistic.attend.score) or (1.0, sympy.Integer(0))
+    scale, rest = linear_score(statistic.attend.score) or (1.0, sympy.Integer(0))
+    scores = dot(visit.queries(query, 2).to(block.dtype) * (LOG2_E * scale), visit.keys(key, 2).to(block.dtype))
     if rest != 0:
         scores += LOG2_E * block.evaluate(rest)
     hidden = block.hidden()
     if hidden is not None:
         scores.masked_fill_(hidden, -torch.inf)
+    own = visit.queries(lse, 2)[..., None]
+    scores -= LOG2_E * own.masked_fill(own == -torch.inf, torch.inf)
     block.values["w"] = scores.exp2_()
     _read_term(statistic, block, tensors)
     return block
-
-
-def _with_lse(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query and key of which the product is  log2(e) * (scale * qk - lse);  rows that see no key weigh nothing."""
-    scale, _ = linear_score(statistic.attend.score) or (1.0, None)
-    dtype = accumulation_dtype(query.dtype)
-    shift = lse.to(dtype).masked_fill(lse == -torch.inf, torch.inf).neg().clamp(min=LOWEST)
-    return LOG2_E * torch.cat([query.to(dtype) * scale, shift[..., None]], -1), functional.pad(key.to(dtype), (0, 1), value=1.0)
 
 
 def statistic_forward(
@@ -118,19 +115,19 @@ def statistic_forward(
     """
     result = torch.zeros(result_shape(statistic, query, key), dtype=accumulation_dtype(query.dtype), device=query.device)
     exact = query.dtype == torch.float32 or (query.dtype != torch.float64 and not statistic.attend.score.atoms(sympy.Indexed))
-    prepared = _with_lse(statistic, query, key, lse) if lse is not None and exact and uses_lse(statistic) else None
+    known = lse if exact and uses_lse(statistic) else None
     for visit, place in statistic_visits(statistic, query, key, tensors):
-        if prepared is not None:
-            block = _exponentials(statistic, *prepared, tensors, visit)
+        if known is not None:
+            block = _exponentials(statistic, query, key, tensors, visit, known)
         else:
             attention = _attention(statistic, query, key, tensors, visit)
             block, attention.block.values["w"] = attention.block, attention.weights
         weights = block.values["w"]
         terms = weights if statistic.term == W else block.filled(statistic.term, weights)
         if statistic.over == "queries":
-            result[:, :, visit.columns] += terms.sum(2)
+            result[*visit.planes[:2], visit.columns] += terms.sum(2)
         else:
-            result[:, :, place] = terms.sum(3)
+            result[*visit.planes[:2], place] = terms.sum(3)
     return result
 
 
@@ -145,13 +142,14 @@ def statistic_gradients(
     for visit, place in statistic_visits(statistic, query, key, tensors):
         attention = _attention(statistic, query, key, tensors, visit)
         values, weights = attention.block.values, attention.weights
-        d_terms = visit.keys(received, 2)[:, :, None] if statistic.over == "queries" else received[:, :, place][..., None]
+        d_terms = visit.pairs(received[:, :, None]) if statistic.over == "queries" else received[*visit.planes[:2], place][..., None]
         d_terms = d_terms.to(dtype).expand(weights.shape)
         # To the term w is the final weight, to the attention's own weight expression the normalised one.
         final = {**values, "w": weights}
         gradients.through(statistic.term, d_terms, final, visit)
         d_weights = d_terms * torch.as_tensor(evaluate_expression(slope, final), dtype=dtype, device=weights.device)
         d_dot = attention.dot_gradient(d_weights, weights.new_zeros(*weights.shape[:3], 1), gradients)
-        d_query[:, :, visit.rows] = weighted_sum(d_dot, visit.keys(key, 2).to(dtype))
-        d_key[:, :, visit.columns] += sum_over_queries(d_dot, visit.queries(query, 2).to(dtype), key.shape[1])
+        keys = visit.keys(key, 2).to(dtype)
+        d_query[visit.of_queries] = weighted_sum(d_dot, keys)
+        d_key[visit.of_keys] += sum_over_queries(d_dot, visit.queries(query, 2).to(dtype), keys.shape[1])
     return [d_query.to(query.dtype), d_key.to(key.dtype), *(gradient.result() for gradient in gradients)]

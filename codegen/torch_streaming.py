@@ -9,7 +9,7 @@ and both ways work on what was gathered; where it reads the data otherwise, keys
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -26,32 +26,59 @@ from codegen.narrowed_visits import seen_keys
 from codegen.score_block import ScoreBlock, linear_score, weighted_sum
 from codegen.tensor_reads import accumulation_dtype
 from codegen.torch_state import StateReads, state_forward
-from codegen.visits import CANDIDATES, Plan, Visit, best_plan, visits
+from codegen.visits import CANDIDATES, Plan, Planes, Visit, best_plan, visits
 from codegen.weight_form import split_visits
 from rewrite.ir.expression import I, letters
 from rewrite.ir.operations import Attend
 
-# Scores held at a time, 16 MiB in float32: about what two cores have as last-level cache.
-SCORES_AT_A_TIME = 1 << 22
+# Scores held at a time, 2 MiB in float32: with what is made of them they stay in the caches of two cores.
+SCORES_AT_A_TIME = 1 << 19
 # Queries at a time where torch's fused attention needs a bias that has to be computed: its calls no longer count from there.
 FUSED_ROWS = 512
 
 
-def rows_at_a_time(query: torch.Tensor, key: torch.Tensor) -> int:
-    """Queries per block for `SCORES_AT_A_TIME`: a power of two, so that neighbouring sizes share their plans, and from 16 to 256."""
-    per_row = max(1, query.shape[0] * query.shape[1] * key.shape[2])
-    fitting = max(1, SCORES_AT_A_TIME // per_row)
+def rows_at_a_time(n_keys: int, heads: int) -> int:
+    """Queries per block for `SCORES_AT_A_TIME`: a power of two, so that neighbouring sizes share their plans, and from 16 to 256.
+
+    heads: how many have to be computed together.
+    """
+    fitting = max(1, SCORES_AT_A_TIME // max(1, heads * n_keys))
     return min(256, max(16, 1 << (fitting.bit_length() - 1)))
 
 
-def blockwise_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[Visit, ...]:
-    """The visits of what is computed as matrix products: the plan that suits the mask, in blocks of `rows_at_a_time` at most."""
-    static, n_queries, n_keys, most = static_key(split_visits(attend)[0]), query.shape[2], key.shape[2], rows_at_a_time(query, key)
-    seen = seen_keys(attend, query, key, tensors)
+def query_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[Visit, ...]:
+    """What is computed as matrix products, of every map alike: the plan that suits the mask, in blocks of `rows_at_a_time` at most."""
+    static, n_queries, n_keys = static_key(split_visits(attend)[0]), query.shape[2], key.shape[2]
+    most, seen = rows_at_a_time(n_keys, _together(attend, query, key)), seen_keys(attend, query, key, tensors)
     if seen is not None:
         return seen.visits(static, (n_queries, n_keys), [block for block in CANDIDATES if block <= most] or [most])
     plan = best_plan(static, n_queries, n_keys)
     return visits(static, n_queries, n_keys, plan._replace(block=min(plan.block, most)), query.device)
+
+
+def planes_at_a_time(found: Sequence[Visit], attend: Attend, query: torch.Tensor, key: torch.Tensor) -> Iterator[Planes]:
+    """All maps of a call, as many at a time as `SCORES_AT_A_TIME` allows for these visits."""
+    (batch, heads), together = query.shape[:2], _together(attend, query, key)
+    shared = heads // key.shape[1]
+    fitting = SCORES_AT_A_TIME // max((visit.n_queries * visit.n_keys for visit in found), default=1)
+    n_heads, n_rows = min(heads, max(together, fitting // together * together)), max(1, fitting // heads)
+    for row in range(0, batch, n_rows):
+        for head in range(0, heads, n_heads):
+            stop = min(head + n_heads, heads)
+            yield Planes(slice(row, min(row + n_rows, batch)), slice(head, stop), slice(head // shared, stop // shared))
+
+
+def _together(attend: Attend, query: torch.Tensor, key: torch.Tensor) -> int:
+    """How many neighbouring heads are computed at once: those that share keys, or all that are mixed."""
+    return query.shape[1] if attend.mixes else query.shape[1] // key.shape[1]
+
+
+def blockwise_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[Visit]:
+    """All of `query_visits` for every map of `planes_at_a_time`, one after the other so that keys stay in cache."""
+    found = query_visits(attend, query, key, tensors)
+    for planes in planes_at_a_time(found, attend, query, key):
+        for visit in found:
+            yield visit._replace(planes=planes)
 
 
 def output_like(query: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,8 +126,8 @@ def attend_forward(
         block = ScoreBlock(attend, query, key, tensors, visit)
         block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
         attention = AttentionBlock(block, tensors)
-        out[:, :, visit.rows] = weighted_sum(attention.weights, visit.keys(value, 2).to(dtype)).to(out.dtype)
-        lse[:, :, visit.rows] = attention.lse.to(lse.dtype)
+        out[visit.of_queries] = weighted_sum(attention.weights, visit.keys(value, 2).to(dtype)).to(out.dtype)
+        lse[visit.of_queries] = attention.lse.to(lse.dtype)
     return out, lse
 
 
@@ -131,11 +158,10 @@ def _fused(
     # The fused operator takes one head dim for all three; zeros change neither a dot product nor the columns that are kept.
     widest = max(query.shape[3], width)
     query, key, value = (functional.pad(t, (0, widest - t.shape[3])) if t.shape[3] < widest else t for t in (query, key, value))
-    seen = seen_keys(attend, query, key, tensors) if chosen is None else None
-    if seen is not None:
-        planned = seen.visits(static_key(attend.mask), (n_queries, n_keys), (*CANDIDATES, FUSED_ROWS))
-    else:
-        planned = _fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
+    planned = _fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
+    if chosen is None and not any(visit.causal for visit in planned):
+        seen = seen_keys(attend, query, key, tensors)
+        planned = planned if seen is None else seen.visits(static_key(attend.mask), (n_queries, n_keys), (*CANDIDATES, FUSED_ROWS))
     if chosen is None and len(planned) == 1 and planned[0].is_whole(n_queries, n_keys):
         part, total = fused_block(ScoreBlock(attend, query, key, tensors, planned[0]), (query, key, value), scale, rest)
         return laid_out(part[..., :width]), total.to(torch.float32, memory_format=torch.contiguous_format)
@@ -148,8 +174,8 @@ def _fused(
     for visit in planned:
         own = visit.queries(query, 2), visit.keys(key, 2), visit.keys(value, 2)
         part, total = fused_block(ScoreBlock(attend, query, key, tensors, visit), own, scale, rest)
-        out[:, :, visit.rows] = part[..., :width]
-        lse[:, :, visit.rows] = total.to(lse.dtype)
+        out[visit.of_queries] = part[..., :width]
+        lse[visit.of_queries] = total.to(lse.dtype)
     return out, lse
 
 

@@ -30,34 +30,63 @@ class Plan(NamedTuple):
     ordered: bool = False
 
 
+class Planes(NamedTuple):
+    """Some of the maps of one call, which has one per batch row and head: as slices, key_heads of those that the heads read."""
+
+    batch: slice = slice(None)
+    heads: slice = slice(None)
+    key_heads: slice = slice(None)
+
+
 class Visit(NamedTuple):
     """A block of queries and its keys.
 
     rows: the queries, a slice where they are consecutive, else positions [n] int64. columns: the keys that any of them sees, likewise.
     seen: which of them each query sees [rows, columns] bool, or None if every query sees all. causal: instead of `seen`, where rows and
-    columns are all there are: every query sees the keys up to its own.
+    columns are all there are: every query sees the keys up to its own. planes: the batch rows and heads that are visited.
     """
 
     rows: slice | torch.Tensor
     columns: slice | torch.Tensor
     seen: torch.Tensor | None
     causal: bool = False
+    planes: Planes = Planes()
 
     @property
     def n_queries(self) -> int:
-        return self.rows.stop - self.rows.start if isinstance(self.rows, slice) else len(self.rows)
+        return _length(self.rows)
+
+    @property
+    def n_keys(self) -> int:
+        return _length(self.columns)
 
     def is_whole(self, n_queries: int, n_keys: int) -> bool:
         """Whether these are all queries and all keys."""
         return isinstance(self.rows, slice) and self.n_queries == n_queries and self.columns == slice(0, n_keys)
 
+    @property
+    def of_queries(self) -> tuple[slice, slice, slice | torch.Tensor]:
+        """Where the block's queries lie in [B, H, Nq, ...]."""
+        return self.planes.batch, self.planes.heads, self.rows
+
+    @property
+    def of_keys(self) -> tuple[slice, slice, slice | torch.Tensor]:
+        """Where the visited keys lie in [B, Hkv, Nk, ...]."""
+        return self.planes.batch, self.planes.key_heads, self.columns
+
     def keys(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """The tensor at the visited keys; an axis of size 1 is left as it is."""
-        return _take(tensor, axis, self.columns)
+        """[B, Hkv, ...] at the visited keys; an axis of size 1 is left as it is."""
+        batch, heads, _ = self.of_keys
+        return _take(_take(_take(tensor, 0, batch), 1, heads), axis, self.columns)
 
     def queries(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """The tensor at the block's queries; an axis of size 1 is left as it is."""
-        return _take(tensor, axis, self.rows)
+        """[B, H, ...] at the block's queries; an axis of size 1 is left as it is."""
+        batch, heads, _ = self.of_queries
+        return _take(_take(_take(tensor, 0, batch), 1, heads), axis, self.rows)
+
+    def pairs(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, H, Nq, Nk] at the visited pairs; an axis of size 1 is left as it is."""
+        return _take(self.queries(tensor, 2), 3, self.columns)
 
     def key_positions(self, device: torch.device) -> torch.Tensor:
         return _positions(self.columns, device)
@@ -66,8 +95,12 @@ class Visit(NamedTuple):
         return _positions(self.rows, device)
 
 
+def _length(chosen: slice | torch.Tensor) -> int:
+    return int(chosen.stop - chosen.start) if isinstance(chosen, slice) else len(chosen)
+
+
 def _take(tensor: torch.Tensor, axis: int, chosen: slice | torch.Tensor) -> torch.Tensor:
-    if tensor.shape[axis] == 1:
+    if tensor.shape[axis] == 1 or (isinstance(chosen, slice) and chosen.start is None):
         return tensor
     return tensor.narrow(axis, chosen.start, chosen.stop - chosen.start) if isinstance(chosen, slice) else tensor.index_select(axis, chosen)
 

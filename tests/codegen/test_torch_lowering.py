@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codegen import torch_streaming
 from codegen.operator import attend, attend_op
 from codegen.torch_backward import attend_gradients
-from codegen.torch_streaming import attend_forward, output_like
+from codegen.torch_streaming import attend_forward, blockwise_visits, output_like
 from rewrite.ir import Attend, I, J, RewriteError, semantics
 
 FORMS: dict[str, tuple[Attend, Shape]] = {
@@ -129,6 +129,26 @@ def test_gradient_of_the_log_sum_exp(operation: Attend) -> None:
     for left, right in zip(found, wanted, strict=True):
         # lse is given in float32, and its gradient comes back so.
         assert (left - right).abs().max() <= torch.finfo(torch.float64).eps * 2**14 * max(1.0, float(right.abs().max()))
+
+
+SPLIT = (forms.decomposed_position(), forms.sigmoid(), forms.grouped(), forms.grouped_by_head(), forms.talking_heads())
+
+
+@pytest.mark.parametrize("operation", [*SPLIT, forms.rectified_or_scaled(), replace(forms.softcap(), mask=forms.masked("bhij").mask)])
+def test_some_maps_at_a_time(operation: Attend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results do not depend on how many batch rows and heads are computed together."""
+    values = operands(operation, Shape(batch=3, heads=4, key_heads=2), torch.float64)
+    leaves = [value.requires_grad_() for value in values.values() if value.is_floating_point()]
+    received = torch.randn(3, 4, 37, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    found = []
+    for most, parts in ((1 << 19, 1), (2 * 16 * 53, 3 if operation.mixes else 6)):
+        monkeypatch.setattr(torch_streaming, "SCORES_AT_A_TIME", most)
+        visited = blockwise_visits(operation, values["query"], values["key"], values)
+        assert len({str(visit.planes) for visit in visited}) == parts
+        out = run(operation, values)
+        found.append([out, *torch.autograd.grad(out, leaves, received, allow_unused=True)])
+    for left, right in zip(*found, strict=True):
+        assert left is right is None or (left - right).abs().max() <= 1e-12 * max(1.0, float(left.detach().abs().max()))
 
 
 def test_gradients_are_finite_where_a_sum_is_zero() -> None:
