@@ -3,10 +3,12 @@
 from typing import Any
 
 from rewrite.api import autotune, explain, kernels, rewrite
+from rewrite.fitting import fit, load, save
 from rewrite.ir import (
     AttentionInputs,
     Fits,
     Fitting,
+    FittingError,
     ModelCallError,
     NoAttentionError,
     NotApplicableError,
@@ -29,6 +31,7 @@ __all__ = [
     "AttentionInputs",
     "Fits",
     "Fitting",
+    "FittingError",
     "HeadSweep",
     "ModelCallError",
     "NoAttentionError",
@@ -42,11 +45,14 @@ __all__ = [
     "autotune",
     "available_passes",
     "explain",
+    "fit",
     "kernels",
+    "load",
     "parameter",
     "parse_pass",
     "register_pass",
     "rewrite",
+    "save",
     "sweep_heads",
 ]
 

@@ -43,6 +43,20 @@ def untouched(module: nn.Module) -> Iterator[None]:
                         buffer.copy_(saved[name])
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and afterwards in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        # Not by eval(), which a model may override to do more, and which could not be undone then.
+        for module, _ in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def kind_of_call(value: Any) -> Any:
     """What distinguishes one way of calling from another: switches by value, anything else by its type."""
     return value if isinstance(value, bool | str | None) else type(value)

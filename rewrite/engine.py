@@ -101,6 +101,10 @@ class Rewriter:
             program = one.apply(program)
         return program
 
+    def lowering(self, *arguments: Any) -> ProgramLowering:
+        """What brings the program into the graph."""
+        return ProgramLowering(*arguments)
+
     def rewrite(self, graph_module: fx.GraphModule, inputs: Sequence[Any], known: Known) -> RewrittenGraph:
         """One graph rewritten. `inputs` are what it was traced with."""
         notes = known.notes
@@ -121,7 +125,7 @@ class Rewriter:
         program = self.plan(recognition)
         before = graph_cost(graph, {})
         patches = patch_grid(graph)
-        work = ProgramLowering(self.allowed, module, placeholders, notes, recognition, program, extras)
+        work = self.lowering(self.allowed, module, placeholders, notes, recognition, program, extras)
         changed = work.run() if program.touched or noted else False
         produced = work.produced + hand_over(graph, left)
         if changed or extras or produced:

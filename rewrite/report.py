@@ -69,6 +69,23 @@ class NearMissReport:
     reason: str
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What `rewrite.fit` came to.
+
+    sites: by site, the first and the last loss of fitting site by site. site_losses: of each of these steps, the mean over sites.
+    losses: of each step end to end. A site's loss is a relative error (1 for an output of zeros) or a distance of maps, as its pass says.
+    """
+
+    sites: dict[str, tuple[float, float]]
+    site_losses: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    def __str__(self) -> str:
+        stages = ((f"{len(self.sites)} sites, each by itself,", self.site_losses), ("the model end to end", self.losses))
+        return "; ".join(f"{what} in {len(each)} steps, loss {each[0]:.4g} → {each[-1]:.4g}" for what, each in stages if each)
+
+
 @dataclass
 class Report:
     """Everything `rewrite` knows of a model. Print it for a table; `to_dict()` gives plain data."""
@@ -82,6 +99,7 @@ class Report:
     total_after: GraphCost = field(default_factory=GraphCost)
     graphs: int = 0
     breaks: list[Break] = field(default_factory=list)
+    fitting: Fitted | None = None
 
     def add(self, record: Record) -> None:
         """Take in what happened to one more graph."""
@@ -157,6 +175,7 @@ class Report:
             "tokens": [dataclasses.asdict(token) for token in self.tokens],
             "near_misses": [dataclasses.asdict(miss) for miss in self.near_misses],
             "notes": list(self.notes),
+            "fitting": None if self.fitting is None else dataclasses.asdict(self.fitting),
             "total_before": dataclasses.asdict(self.total_before),
             "total_after": dataclasses.asdict(self.total_after),
         }
@@ -205,6 +224,8 @@ class Report:
             yield f"near miss: {miss.module or miss.node} ({miss.node}): {miss.reason}"
         for note in self.notes:
             yield f"note: {note}"
+        if self.fitting is not None:
+            yield f"fitted: {self.fitting}"
         before, after = self.total_before, self.total_after
         fewer = after.multiply_adds and after.multiply_adds != before.multiply_adds
         ratio = f", {before.multiply_adds / after.multiply_adds:.2f}x fewer" if fewer else ""

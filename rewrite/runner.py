@@ -113,9 +113,17 @@ def running() -> Call:
 class Runner:
     """Runs one module of a session, or one of its methods, rewritten."""
 
-    def __init__(self, session: Session, module: nn.Module, prefix: str, inner: InnerBackend, method: str | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        module: nn.Module,
+        prefix: str,
+        inner: InnerBackend,
+        method: str | None = None,
+        rewriter_of: Callable[..., Rewriter] = Rewriter,
+    ) -> None:
         self.session = session
-        rewriter = Rewriter(
+        rewriter = rewriter_of(
             passes=session.passes,
             names=Names(session.root, prefix),
             proofs=session.proofs,

@@ -58,7 +58,7 @@ class Session:
         holder = getattr(self.root, ADDED, None)
         if holder is not None:
             with contextlib.suppress(AttributeError):
-                held: torch.Tensor = holder.get_parameter(_state_name(name))
+                held: torch.Tensor = holder.get_parameter(state_name(name))
                 return held
         if name not in self._pending:
             if not self._recording:
@@ -76,7 +76,7 @@ class Session:
             return
         holder = nn.Module()
         for name, parameter in self._pending.items():
-            *path, last = _state_name(name).split(".")
+            *path, last = state_name(name).split(".")
             module = holder
             for part in path:
                 if not hasattr(module, part):
@@ -234,9 +234,12 @@ class Session:
         return {**self.__dict__, **fresh}
 
 
-def _state_name(name: str) -> str:
-    """An added parameter's name under the prefix; the second site of a module ("attn:2") has a name that a module may have."""
-    return name.replace(":", "_")
+def state_name(name: str) -> str:
+    """An added parameter's name under the prefix; the second site of a module ("attn:2") has a name that a module may have.
+
+    The model itself, where a site lies in no module of it, is the prefix.
+    """
+    return name.replace(":", "_").removeprefix(".")
 
 
 def _initial(parameter: Parameter, like: torch.Tensor) -> torch.Tensor:

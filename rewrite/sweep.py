@@ -5,13 +5,12 @@ The calibration of attention (Yu et al. 2024, ICML, arXiv 2406.15765) finds its 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import itertools
 import math
 import numbers
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from rich.table import Table
 from torch import fx, nn
 
 from rewrite.compiled import CompiledGraph
-from rewrite.dry_run import call_original, copied, untouched
+from rewrite.dry_run import call_original, copied, evaluation_mode, untouched
 from rewrite.engine import Record, Rewriter
 from rewrite.entry import session_of
 from rewrite.ir.errors import NotApplicableError, PassError, RewriteError
@@ -121,7 +120,7 @@ def sweep_heads(
         raise RewriteError("this model, or a part of it, is rewritten already; sweep the heads of the original")
     if not math.isfinite(margin):
         raise RewriteError(f"margin={margin!r} is out of range; it must be finite")
-    with _as_found(model):
+    with evaluation_mode(model), torch.no_grad(), untouched(model):
         samples = list(loader) if iter(loader) is loader else loader
         with torch.random.fork_rng():
             example = next(iter(samples), None)
@@ -207,21 +206,6 @@ def _rewritten_by(
 
 
 # The model
-
-
-@contextlib.contextmanager
-def _as_found(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode and without gradients; each module is afterwards in the mode it was in, and buffers and random state are back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        # Not by eval(), which a model may override to do more, and which could not be undone then.
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad(), untouched(model):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @dataclass(eq=False)

@@ -1,6 +1,6 @@
 """The attention IR: small, typed, frozen, printable. Passes and kernels see this and nothing else of the compiler."""
 
-from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, PassError, RewriteError
+from rewrite.ir.errors import FittingError, ModelCallError, NoAttentionError, NotApplicableError, PassError, RewriteError
 from rewrite.ir.expression import (
     INDICES,
     NK,
@@ -86,6 +86,7 @@ __all__ = [
     "FeatureMap",
     "Fits",
     "Fitting",
+    "FittingError",
     "G",
     "Gate",
     "GridBias",

@@ -7,6 +7,10 @@ class RewriteError(Exception):
     """Base of every error this project raises on purpose."""
 
 
+class FittingError(RewriteError):
+    """Fitting cannot go on: nothing to train, models that do not belong together, a loss that is not finite."""
+
+
 class PassError(RewriteError, ValueError):
     """A pass list that cannot be taken as written: unknown name, bad parameter, passes that exclude each other."""
 

@@ -36,10 +36,20 @@ from rewrite.recognise.region import Region, SizeOf
 def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, fx.Node]) -> dict[str, fx.Node]:
     """Replace the region's output by the site's body, and return the body's nodes by IR name.
 
+    given: as for `lower_body`. The nodes that the region no longer needs are left to dead-code elimination.
+    """
+    result, values = lower_body(graph, site, region, given)
+    result.meta["example_value"] = value_of(region.output)
+    region.output.replace_all_uses_with(result)
+    return values
+
+
+def lower_body(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, fx.Node]) -> tuple[fx.Node, dict[str, fx.Node]]:
+    """The site's body in front of the region's output: the node of its result, and the body's nodes by IR name.
+
     Every new node gets the value it would have been traced with.
 
     given: nodes for operands that are not the region's own ("hidden", "visual", "cached_groups") and for added parameters, by IR name.
-    The nodes that the region no longer needs are left to dead-code elimination.
     """
     values: dict[str, fx.Node] = dict(given)
     dtype = _tensor(region.output).dtype
@@ -67,9 +77,7 @@ def lower_site(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
         if node not in old:
             node.meta.setdefault("nn_module_stack", region.output.meta.get("nn_module_stack"))
             _trace(node)
-    result.meta["example_value"] = value_of(region.output)
-    region.output.replace_all_uses_with(result)
-    return values
+    return result, values
 
 
 def _viewed(graph: fx.Graph, node: fx.Node, shape: object) -> fx.Node:

@@ -17,6 +17,7 @@ import codegen
 from rewrite.ir.errors import ModelCallError, NotApplicableError
 from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Exit, Program
+from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
 from rewrite.notes import Note
@@ -85,31 +86,39 @@ class ProgramLowering:
         self.lowered: set[str] = set()
         self.gone: dict[int, int] = {}
         self._kept: dict[fx.Node, int] = {}
-        self._added_outputs: list[fx.Node | int] = []
+        self.added_outputs: list[fx.Node | int] = []
         self._masks: dict[fx.Node, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
         self.output = next(node for node in self.graph.nodes if node.op == "output")
 
     def run(self) -> bool:
-        names = dict.fromkeys(name for name, _ in self.program.touched)
-        originals = {entry.site.name: entry for entry in self.recognition.found}
-        sites = {site.name: site for site in self.program.sites}
-        changed = False
-        for name in names:
-            if sites[name].body != originals[name].site.body:
-                self._lower(originals[name], sites[name])
-                changed = True
-        self._emit(originals, sites)
+        changed = self.lower_sites()
+        self._emit()
         if self.program.exits or any(note.positions is not None for note in self.notes.values()):
             self._exit()
             changed = True
-        if self._added_outputs:
-            self.output.args = ((*self.output.args[0], *self._added_outputs),)
+        if self.added_outputs:
+            self.output.args = ((*self.output.args[0], *self.added_outputs),)
         return changed
 
     # Sites
 
-    def _lower(self, entry: Found, site: Any) -> None:
+    def lower_sites(self) -> bool:
+        """Lower every site that the passes changed; whether there is one."""
+        changed = self._changed()
+        for entry, site in changed:
+            self._lower(entry, site)
+        return bool(changed)
+
+    def _changed(self) -> list[tuple[Found, Site]]:
+        found = ((self.recognition.by_name(site.name), site) for site in self.program.sites)
+        return [(entry, site) for entry, site in found if site.body != entry.site.body]
+
+    def put(self, entry: Found, site: Site, given: dict[str, fx.Node]) -> dict[str, fx.Node]:
+        """Put the site's body in the place of its region; the body's nodes by IR name."""
+        return lower_site(self.graph, site, entry.region, given)
+
+    def _lower(self, entry: Found, site: Site) -> None:
         given: dict[str, fx.Node] = {}
         for parameter in site.body.parameters:
             given[parameter.name] = self._parameter(f"{site.name}.{parameter.name}", parameter)
@@ -133,13 +142,13 @@ class ProgramLowering:
             if name in _reads(site.body) and node is not None:
                 given[name] = node
         self.lowered.add(site.name)
-        lowered = lower_site(self.graph, site, entry.region, given)
+        lowered = self.put(entry, site, given)
         if groups:
             outputs = self._cache_outputs(entry.region.key.node)
             if outputs:
                 self._require_notes(site.name)
                 self.produced.append(Produced(groups[0].noted, outputs))
-                self._added_outputs.append(lowered[groups[0].result])
+                self.added_outputs.append(lowered[groups[0].result])
 
     def _parameter(self, name: str, parameter: Any) -> fx.Node:
         if not self.allowed.parameters:
@@ -204,13 +213,13 @@ class ProgramLowering:
                 "use rewrite(model, passes), or call the model with use_cache=False"
             )
 
-    def _emit(self, originals: Mapping[str, Found], sites: Mapping[str, Any]) -> None:
+    def _emit(self) -> None:
         """One kernel per distinct attention of the rewritten sites, statistics among them."""
         members: dict[str, list[tuple[str, Any]]] = {}
+        sites = {site.name: site for _, site in self._changed()}
         for name, site in sites.items():
-            if site.body != originals[name].site.body:
-                for attend in filter(None, map(codegen.kernel_attention, site.body.operations)):
-                    members.setdefault(attend.to_json(), []).append((name, attend))
+            for attend in filter(None, map(codegen.kernel_attention, site.body.operations)):
+                members.setdefault(attend.to_json(), []).append((name, attend))
         for entries in members.values():
             names = tuple(dict.fromkeys(name for name, _ in entries))
             passes = tuple(dict.fromkeys(by for name in names for by in self.program.passes_of(sites[name])))
@@ -248,9 +257,9 @@ class ProgramLowering:
             by_selection.setdefault((selection.positions, selection.length), []).extend(indices)
         for (positions, length), indices in by_selection.items():
             self.produced.append(Produced("positions", tuple(indices)))
-            self._added_outputs.append(positions)
+            self.added_outputs.append(positions)
             self.produced.append(Produced("length", tuple(indices)))
-            self._added_outputs.append(length)
+            self.added_outputs.append(length)
 
     def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
         return {axis: self._kept[selection.positions] for axis, selection in axes.items() if selection.positions in self._kept}

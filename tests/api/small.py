@@ -26,13 +26,13 @@ def deit(**options: Any) -> nn.Module:
     return model
 
 
-def vit() -> nn.Module:
+def vit(image_size: int = 112) -> nn.Module:
     """A transformers ViT of two layers."""
     import transformers
 
     torch.manual_seed(0)
     config = transformers.ViTConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=112, initializer_range=0.15
+        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=image_size, initializer_range=0.15
     )
     return transformers.ViTForImageClassification(config).eval()
 
