@@ -10,6 +10,7 @@ from codegen.multiply_adds import computed_multiply_adds, multiply_adds_formula
 from codegen.operator import attend
 from codegen.packed import packed, segment_ids
 from codegen.served import kernel_attention, reason_without_kernel
+from codegen.state_kernels import StateKernel, emit_state, has_triton_state
 from codegen.statistics_operator import statistic
 from codegen.tuning import Autotuning
 
@@ -19,12 +20,15 @@ __all__ = [
     "BackwardKernel",
     "CompiledKernel",
     "Kernel",
+    "StateKernel",
     "attend",
     "computed_multiply_adds",
     "emit",
     "emit_backward",
+    "emit_state",
     "has_triton_backward",
     "has_triton_form",
+    "has_triton_state",
     "kernel_attention",
     "multiply_adds_formula",
     "packed",

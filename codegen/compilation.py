@@ -16,6 +16,8 @@ from codegen.backward_block import BackwardBlock, is_crowded, row_facts, way_of
 from codegen.kernel_reads import Owner, axis_names
 from codegen.launching import dot_precision
 from codegen.names import identifiers
+from codegen.state_kernel import StateKernels
+from codegen.state_tiles import CARRIED, device_chunk, state_tile
 from codegen.tiles import BackwardTiles, Tile, backward_tiles, power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import tensors_in
@@ -134,6 +136,31 @@ def compile_backward(
         ways: dict[str, int | str] = {f"{gradient}_by": _WAYS[way_of(attend, tensor)][place] for tensor, gradient in gradients.items()}
         found[owner] = call.compiled(capability, types | dict.fromkeys(gradients.values(), torch.float32), ways)
     return found
+
+
+def compile_state(
+    module: ModuleType,
+    name: str,
+    attend: Attend,
+    *,
+    capability: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_dim: int,
+    tensor_dtypes: Mapping[str, torch.dtype],
+) -> dict[str, CompiledKernel]:
+    """Compile the state kernels of an emitted module; see `codegen.state_kernels.StateKernel.compile`."""
+    _require(dtype)
+    kernels = StateKernels(attend, name)
+    features, tile = kernels.form.width(head_dim), state_tile(head_dim, value_dim, dtype.itemsize)
+    chunk = device_chunk(features, value_dim, tile)
+    constants = {"BLOCK_DV": tile.block_v, "CHUNK": chunk, "FEATURES": features, "HEADS_PER_STATE": 1, "STATES_PER_KEY": 1}
+    constants |= {"SIZE": features * value_dim, "BLOCK": CARRIED, "lse_stride_i": 1}
+    types = {**dict.fromkeys(("query", "key", "value", "out"), dtype), **dict.fromkeys(("states", "sums", "lse"), torch.float32)}
+    place = Tile(tile.block_q, tile.block_k, tile.warps, tile.stages)
+    parts = ["states", *(["carry"] if kernels.limited else []), "outputs"]
+    calls = {part: _Call(module, f"{name}_{part}", attend, dtype, (head_dim, value_dim), place, tensor_dtypes) for part in parts}
+    return {part: call.compiled(capability, types, constants) for part, call in calls.items()}
 
 
 def capability_of(target: str) -> int:

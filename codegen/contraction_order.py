@@ -21,9 +21,7 @@ from codegen.state_form import StateForm, state_form
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import evaluate_expression, positions
 
-_B, _H, _HS, _NQ, _NK, _D, _DV, _F, _V, _C, _PAIRS, _DIAGONAL = _SYMBOLS = sympy.symbols(
-    "B H Hs Nq Nk D Dv F V C pairs diagonal", positive=True
-)
+_B, _H, _HS, _NQ, _NK, _D, _DV, _F, _V, _PAIRS, _DIAGONAL = _SYMBOLS = sympy.symbols("B H Hs Nq Nk D Dv F V pairs diagonal", positive=True)
 QUADRATIC = _B * _H * _PAIRS * (_D + _DV)
 STATE = _B * (_H * _NQ + _HS * _NK) * _F * _V + _B * _H * _DIAGONAL * (_F + _V)
 
@@ -31,17 +29,21 @@ STATE = _B * (_H * _NQ + _HS * _NK) * _F * _V + _B * _H * _DIAGONAL * (_F + _V)
 # 10 us for a chunk, and 0.4 ns for the eight bytes read and eight written of an entry of the state.
 COST_OF_A_CHUNK = 15_000_000
 COST_OF_AN_ENTRY = 20
-_OF_CHUNKS = _B * _H * _NQ * _C * (_F + _V) + _NQ / _C * (COST_OF_A_CHUNK + COST_OF_AN_ENTRY * _B * _HS * _F * _V)
-# The chunk at which the cost is least.
-_BEST_CHUNK = sympy.solve(sympy.diff(_OF_CHUNKS, _C), _C)[0]
+# What chunks of C queries cost in all heads, `fixed` being what every chunk of one head costs beside its pairs; and where that is least.
+_C, _FIXED = sympy.symbols("C fixed", positive=True)
+_OF_CHUNKS = _NQ * _C * (_F + _V) + _NQ / _C * _FIXED
+_BEST_CHUNK = sympy.lambdify((_F, _V, _FIXED), sympy.solve(sympy.diff(_OF_CHUNKS, _C), _C)[0], "math")
 # Below 16 a product no longer amortises its operands; above 256 the scores of a chunk leave the cache.
 CHUNKS = (16, 256)
 # Entries of features held at a time where nothing limits a chunk: 16 MiB in float32, as for scores.
 FEATURES_AT_A_TIME = 1 << 22
 
-_quadratic, _state, _best_chunk = (
-    sympy.lambdify(_SYMBOLS, formula, "math") for formula in (QUADRATIC, STATE, _BEST_CHUNK)
-)  # fmt: skip
+_quadratic, _state = (sympy.lambdify(_SYMBOLS, formula, "math") for formula in (QUADRATIC, STATE))
+
+
+def best_chunk(features: int, columns: int, fixed: float) -> float:
+    """Queries per chunk at which the multiply-adds are fewest, where a chunk of one head costs `fixed` of them beside its pairs."""
+    return float(_BEST_CHUNK(features, columns, fixed))
 
 
 class Sizes(NamedTuple):
@@ -107,7 +109,9 @@ def state_plan(attend: Attend, sizes: Sizes) -> StatePlan | None:
     if form.limit is None:
         chunk = max(1, FEATURES_AT_A_TIME // (sizes.batch * sizes.heads * form.width(sizes.head_dim)))
     else:
-        chunk = _rounded(_value(_best_chunk, sizes, _counts(form, sizes, 0)))
+        counts = _counts(form, sizes, 0)
+        of_entries = COST_OF_AN_ENTRY * counts["Hs"] / sizes.heads * counts["F"] * counts["V"]
+        chunk = _rounded(best_chunk(counts["F"], counts["V"], COST_OF_A_CHUNK / (sizes.batch * sizes.heads) + of_entries))
         whole = {"pairs": int(limits(form, sizes.n_queries, sizes.n_keys).sum())}
     plan = chunked(form, sizes, chunk)
     return plan if _value(_state, sizes, plan.counts) < _value(_quadratic, sizes, whole) else None

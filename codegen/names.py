@@ -17,6 +17,9 @@ _SKELETON_NAMES = """
     query_head key_head value_head d_out_head hk row keys turn heads turn_b turn_h TURNS_B TURNS_H member inside cells shared
     capability offset of_group again change GradientSums backward_tiles transposed_block_list torch READ_AT
     tile_list transposed_tile_list LISTED_MASK own_starts per_b per_h
+    states sums state chunk chunks base place before decay seen feature entries own state_head state_place state_heads key_heads part size
+    CHUNK FEATURES HEADS_PER_STATE STATES_PER_KEY SIZE BLOCK CARRIED state_tile device_chunk piece_of_keys
+    state_0 state_1 state_2 state_3 state_4 state_5 state_6 state_7 sum_0 sum_1 sum_2 sum_3 sum_4 sum_5 sum_6 sum_7
 """
 
 # The names that the skeleton uses itself.

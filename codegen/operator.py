@@ -1,9 +1,10 @@
 """The registered operators ``rewrite::attend`` and ``rewrite::attend_backward``, and the function `attend` that calls the first.
 
 An operation travels through a graph as its JSON text. On CUDA the forward is the kernel emitted for that text where it has one
-(`codegen.kernel.has_triton_form`), on the CPU the torch lowering. So is the backward: on CUDA the kernels emitted for it where it has them
-(`codegen.backward_kernel.has_triton_backward`), from the output and the log-sum-exp that forward gave; the torch lowering elsewhere. It
-serves every device where linear attention goes through its state (`codegen.contraction_order`).
+(`codegen.kernel.has_triton_form`), or its state kernels where a call of these sizes is computed so (`codegen.contraction_order`,
+`codegen.state_kernels.has_triton_state`); on the CPU the torch lowering. So is the backward: on CUDA the kernels emitted for it where it
+has them (`codegen.backward_kernel.has_triton_backward`), from the output and the log-sum-exp that forward gave; the torch lowering
+elsewhere, and where it goes through the state.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from codegen.contraction_order import Sizes, state_plan
 from codegen.kernel import has_triton_form
 from codegen.operands import named_operands, require_attention
 from codegen.ordered_launch import launch_attention_in_order, launch_backward_in_order
+from codegen.state_kernels import has_triton_state, state_kernel_for
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
 from rewrite.ir.errors import RewriteError
@@ -58,12 +60,16 @@ def _attend_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     operation = Attend.from_json(attend)
     named = _named(operation, query, key, value, tensors)
-    if has_triton_form(operation) is not None or state_plan(operation, Sizes.of(query, key, value)) is not None:
+    by_state = state_plan(operation, Sizes.of(query, key, value)) is not None
+    if (has_triton_state if by_state else has_triton_form)(operation) is not None:
         return attend_forward(operation, _rows(query), _rows(key), _rows(value), named)
     out, lse = output_like(query, value)
     if out.numel():
         with torch.cuda.device(query.device):
-            launch_attention_in_order(attend, (_rows(query), _rows(key), _rows(value)), tensors, out, lse)
+            if by_state:
+                state_kernel_for(attend).load().launch(_rows(query), _rows(key), _rows(value), tensors, out, lse)
+            else:
+                launch_attention_in_order(attend, (_rows(query), _rows(key), _rows(value)), tensors, out, lse)
     return out, lse
 
 

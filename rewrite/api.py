@@ -88,7 +88,7 @@ def autotune(enabled: bool = True) -> codegen.Autotuning:
     return codegen.Autotuning(enabled)
 
 
-def kernels(model: nn.Module) -> tuple[codegen.Kernel, ...]:
+def kernels(model: nn.Module) -> tuple[codegen.Kernel | codegen.StateKernel, ...]:
     """The kernels that were emitted for a rewritten model so far, in order of their sites."""
     session = session_of(model)
     if session is None:

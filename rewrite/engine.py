@@ -44,7 +44,7 @@ class Record:
     embeddings: list[str]
     before: GraphCost
     after: GraphCost
-    kernels: list[codegen.Kernel]
+    kernels: list[codegen.Kernel | codegen.StateKernel]
     lowered: frozenset[str] = frozenset()
     gone: Mapping[int, int] = field(default_factory=dict)
     merges: bool = False

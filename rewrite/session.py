@@ -36,7 +36,7 @@ class Session:
     backend: InnerBackend
     may_add_parameters: bool = False
     report: Report = field(default_factory=lambda: Report(()))
-    kernels: list[codegen.Kernel] = field(default_factory=list)
+    kernels: list[codegen.Kernel | codegen.StateKernel] = field(default_factory=list)
     prepared: bool = False
     settings: dict[str, Any] = field(default_factory=lambda: dict(WHOLE_GRAPHS))
     notes: CacheNotes = field(default_factory=CacheNotes)

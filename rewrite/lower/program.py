@@ -81,7 +81,7 @@ class ProgramLowering:
         self.recognition, self.program = recognition, program
         self.extras = extras
         self.produced: list[Produced] = []
-        self.kernels: list[codegen.Kernel] = []
+        self.kernels: list[codegen.Kernel | codegen.StateKernel] = []
         self.shapes: dict[fx.Node, dict[int, int]] = {}
         self.lowered: set[str] = set()
         self.gone: dict[int, int] = {}
@@ -214,7 +214,7 @@ class ProgramLowering:
             )
 
     def _emit(self) -> None:
-        """One kernel per distinct attention of the rewritten sites, statistics among them."""
+        """One kernel per distinct attention of the rewritten sites, statistics among them; those with a state have kernels for it too."""
         members: dict[str, list[tuple[str, Any]]] = {}
         sites = {site.name: site for _, site in self._changed()}
         for name, site in sites.items():
@@ -224,6 +224,8 @@ class ProgramLowering:
             names = tuple(dict.fromkeys(name for name, _ in entries))
             passes = tuple(dict.fromkeys(by for name in names for by in self.program.passes_of(sites[name])))
             self.kernels.append(codegen.emit(entries[0][1], names, passes))
+            if codegen.has_triton_state(entries[0][1]) is None:
+                self.kernels.append(codegen.emit_state(entries[0][1], names, passes))
 
     # Tokens
 

@@ -75,6 +75,29 @@ def run(
     return out, lse
 
 
+def run_state(attend_json: str, operands: list[torch.Tensor], block: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) of the kernels that compute the operation through its state; everything they write is poisoned with NaN before.
+
+    block: queries, keys and columns of a state per tile, queries per chunk.
+    """
+    from unittest import mock
+
+    from codegen.state_kernels import state_kernel_for
+    from codegen.state_tiles import StateTile
+    from codegen.torch_streaming import output_like
+
+    query, key, value, *tensors = operands
+    out, lse = (made.fill_(torch.nan) for made in output_like(query, value))
+    empty = torch.empty
+
+    def poisoned(*size: object, **kwargs: object) -> torch.Tensor:
+        return empty(*size, **kwargs).fill_(torch.nan)  # type: ignore[call-overload, no-any-return]
+
+    with mock.patch("torch.empty", poisoned):
+        state_kernel_for(attend_json).load().launch(query, key, value, tensors, out, lse, tile=StateTile(*block[:3], 4, 1, block[3]))
+    return out, lse
+
+
 def run_backward(
     attend_json: str,
     operands: list[torch.Tensor],
