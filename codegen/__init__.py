@@ -9,7 +9,7 @@ from codegen.masks import visible_pairs
 from codegen.multiply_adds import computed_multiply_adds, multiply_adds_formula
 from codegen.operator import attend
 from codegen.packed import packed, segment_ids
-from codegen.served import kernel_attention, reason_without_kernel
+from codegen.served import kernel_attention, reason_without_backward, reason_without_kernel
 from codegen.state_kernels import StateKernel, emit_state, has_triton_state
 from codegen.statistics_operator import statistic
 from codegen.tuning import Autotuning
@@ -32,6 +32,7 @@ __all__ = [
     "kernel_attention",
     "multiply_adds_formula",
     "packed",
+    "reason_without_backward",
     "reason_without_kernel",
     "segment_ids",
     "statistic",

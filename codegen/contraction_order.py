@@ -62,6 +62,11 @@ class Sizes(NamedTuple):
         batch, heads, n_queries, head_dim = query.shape
         return cls(batch, heads, key.shape[1], n_queries, key.shape[2], head_dim, value.shape[3])
 
+    @classmethod
+    def named(cls, sizes: Mapping[str, int]) -> Sizes:
+        """From B, H, Hkv, Nq, Nk, D and Dv."""
+        return cls(*(sizes[name] for name in ("B", "H", "Hkv", "Nq", "Nk", "D", "Dv")))
+
 
 class Step(NamedTuple):
     """A chunk of queries. rows: a slice, or positions [n] int64 on the CPU. before: how many keys the state holds that all of them see;

@@ -18,7 +18,7 @@ def multiply_adds_formula(attend: Attend, sizes: Mapping[str, int]) -> tuple[sym
     alone hide are not computed, and not counted; of blocks that the data choose, as many are counted as may be chosen
     (`codegen.block_choice`).
     """
-    plan = state_plan(attend, Sizes(*(sizes[name] for name in ("B", "H", "Hkv", "Nq", "Nk", "D", "Dv"))))
+    plan = state_plan(attend, Sizes.named(sizes))
     if plan is not None:
         return STATE, dict(plan.counts)
     return QUADRATIC, {"pairs": visited_pairs(attend, sizes["Nq"], sizes["Nk"])}

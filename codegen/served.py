@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from codegen.backward_kernel import has_triton_backward
+from codegen.contraction_order import Sizes, state_plan
 from codegen.kernel import has_triton_form
 from codegen.received_kernel import exchanged, has_triton_statistic
 from rewrite.ir.operations import Attend, Operation
@@ -17,6 +21,13 @@ def kernel_attention(operation: Operation) -> Attend | None:
             return exchanged(operation).attend if has_triton_statistic(operation) is None else None
         case _:
             return None
+
+
+def reason_without_backward(attend: Attend, sizes: Mapping[str, int]) -> str | None:
+    """Why the gradients of an attention of these sizes (B, H, Hkv, Nq, Nk, D, Dv) are found in torch operators, in words, or None."""
+    if state_plan(attend, Sizes.named(sizes)) is not None:
+        return "kernels that carry a state give the result, not its gradients"
+    return has_triton_backward(attend)
 
 
 def reason_without_kernel(operation: Operation) -> str | None:

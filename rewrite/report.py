@@ -123,7 +123,7 @@ class Report:
             for operation in site.body.operations if site.name in record.lowered else ():
                 reason, told = codegen.reason_without_kernel(operation), "run"
                 if reason is None and isinstance(operation, Attend):
-                    reason, told = codegen.has_triton_backward(operation), "find their gradients"
+                    reason, told = codegen.reason_without_backward(operation, site.dims), "find their gradients"
                 if reason is not None:
                     reasons.setdefault((told, reason), []).append(site.name)
         notes = (
