@@ -41,6 +41,7 @@ VARIANTS: dict[str, Attend] = {
     "causal": forms.causal(),
     "bias [h, i, j]": forms.biased("hij"),
     "mask [b, i, j]": forms.masked("bij"),
+    "packed sequences": forms.packed(),
     "soft-cap, causal": forms.softcap(),
     "window 7 x 7 of 32 x 32": forms.neighbourhood_2d(32, 32, 7),
     "decomposed position": forms.decomposed_position(32),

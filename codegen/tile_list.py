@@ -18,9 +18,9 @@ from codegen.block_list import listed_blocks
 from codegen.tile_masks import tile_mask
 from rewrite.ir.expression import from_json
 
-# Floating operations of an attention that takes as long as making its list: some 25 small operators of 5 us each, against 2e14 a second,
+# Floating operations of an attention that takes as long as making its list: some 30 small operators of 5 us each, against 2e14 a second,
 # half of what an H100 multiplies in bfloat16. No device was measured; below this a kernel looks at every tile instead.
-LEAST_WORK = 25e9
+LEAST_WORK = 30e9
 
 
 class TileList(NamedTuple):
@@ -50,7 +50,7 @@ def tile_list(predicate: str, tensors: Mapping[str, torch.Tensor], operands: Ope
     may, full = _known(predicate, tensors, operands, block)
     if operands[1].shape[2] % block[1]:
         full = torch.cat([full[..., :-1], torch.zeros_like(full[..., -1:])], -1)
-    return _listed(full & may, may & ~full)
+    return _listed(full, may & ~full)
 
 
 def transposed_tile_list(predicate: str, tensors: Mapping[str, torch.Tensor], operands: Operands, block: tuple[int, int]) -> TileList:
@@ -61,7 +61,7 @@ def transposed_tile_list(predicate: str, tensors: Mapping[str, torch.Tensor], op
     may, full = (known.transpose(2, 3) for known in _known(predicate, tensors, operands, block))
     if operands[0].shape[2] % block[0]:
         full = torch.cat([full[..., :-1], torch.zeros_like(full[..., -1:])], -1)
-    return _listed(full & may, may & ~full)
+    return _listed(full, may & ~full)
 
 
 def is_worth_a_list(operands: Operands) -> bool:

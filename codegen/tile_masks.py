@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import lru_cache, reduce
+from functools import cached_property, lru_cache, reduce
 from typing import Any, NamedTuple
 
 import sympy
@@ -26,7 +26,7 @@ from torch.nn import functional
 
 from codegen.masks import depends_on_positions_only, split_mask, visible_rows
 from codegen.weight_form import vanishes
-from rewrite.ir.expression import NK, NQ, B, H, I, J, conjuncts, from_json, letters, tensors_in, to_json
+from rewrite.ir.expression import NK, NQ, B, H, I, Indices, J, conjuncts, from_json, letters, tensors_in, to_json
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import all_positions, evaluate_expression, positions, read_at
 
@@ -90,7 +90,7 @@ def _sides(term: sympy.Rel) -> tuple[sympy.Expr, sympy.Expr] | None:
 
 
 def _table(term: sympy.Rel) -> sympy.Indexed | None:
-    """The one read that a relation's pairs differ by, its last two axes one of queries and one of keys; None where it is no such relation.
+    """The one read that a relation's pairs differ by, its last two axes one of queries and one of keys, in either order; None for another.
 
     A map of pairs that every head has for itself is left out: looking through it takes as long as it takes the kernels.
     """
@@ -100,6 +100,7 @@ def _table(term: sympy.Rel) -> sympy.Indexed | None:
     if len(pairs[0].indices) < 2:
         return None
     *lead, row, column = pairs[0].indices
+    row, column = (column, row) if J in row.free_symbols else (row, column)
     if not (row.free_symbols <= {I, NQ, NK} and column.free_symbols <= {J, NQ, NK}):
         return None
     led = tuple(lead) in ((), (B,)) or (tuple(lead) in ((H,), (B, H)) and (row, column) != (I, J))
@@ -122,6 +123,10 @@ class _Tiles:
     ) -> None:
         self.tensors, self.sizes, self.block, self.device = tensors, sizes, block, device
 
+    @cached_property
+    def positions(self) -> dict[str, Any]:
+        return all_positions(self.sizes, self.device)
+
     def known(self, term: Boolean) -> TileMask:
         if depends_on_positions_only(term):
             return _by_position(json.dumps(to_json(term)), self.sizes[2:], self.block, self.device)
@@ -141,9 +146,10 @@ class _Tiles:
 
     def _value(self, expression: sympy.Basic) -> Any:
         """Broadcasting against [B, H, Nq, Nk], and no larger than what it reads."""
-        values = all_positions(self.sizes, self.device)
-        read = {name: read_at(self.tensors[name], indices, values) for name, indices in tensors_in(expression).items()}
-        return evaluate_expression(expression, values | read)
+        return evaluate_expression(expression, self.positions | self._read(tensors_in(expression)))
+
+    def _read(self, indices_of: Mapping[str, Indices]) -> dict[str, torch.Tensor]:
+        return {name: read_at(self.tensors[name], indices, self.positions) for name, indices in indices_of.items()}
 
     def _cut(self, value: torch.Tensor) -> torch.Tensor:
         """[.., Nq or 1, Nk or 1] -> [.., query tiles or 1, queries or 1, key tiles or 1, keys or 1]; the last one fills up its tile."""
@@ -163,17 +169,13 @@ class _Tiles:
 
     def _compared(self, relation: type[sympy.Rel], left: sympy.Expr, right: sympy.Expr) -> TileMask:
         """Bounds that are no numbers compare as False: then the tile may be seen and need not."""
+        left, right = (right, left) if relation in (sympy.Gt, sympy.Ge) else (left, right)
         (least, most), (low, high) = self._bounds(left), self._bounds(right)
-        apart, same = (most < low) | (high < least), (least == high) & (most == low)
-        never, always = {
-            sympy.Eq: (apart, same),
-            sympy.Ne: (same, apart),
-            sympy.Lt: (least >= high, most < low),
-            sympy.Le: (least > high, most <= low),
-            sympy.Gt: (most <= low, least > high),
-            sympy.Ge: (most < low, least >= high),
-        }[relation]
-        return TileMask(~never, always)
+        if relation in (sympy.Eq, sympy.Ne):
+            apart, same = (most < low) | (high < least), (least == high) & (most == low)
+            return TileMask(~apart, same) if relation is sympy.Eq else TileMask(~same, apart)
+        is_strict = relation in (sympy.Lt, sympy.Gt)
+        return TileMask(~(least >= high if is_strict else least > high), most < low if is_strict else most <= low)
 
     def _bounds(self, side: sympy.Expr) -> tuple[torch.Tensor, torch.Tensor]:
         tiles = self._cut(torch.as_tensor(self._value(side), device=self.device))
@@ -188,17 +190,18 @@ class _Tiles:
         operand = self.tensors[name]
         lead = [operand.shape[indices.index(axis)] if axis in indices[:-2] else 1 for axis in (B, H)]
         entries = operand.reshape(*lead, *operand.shape[-2:])
-        values = all_positions(self.sizes, self.device) | {name: entries}
-        beside = {other: places for other, places in tensors_in(term).items() if other != name}
-        read = {other: read_at(self.tensors[other], places, values) for other, places in beside.items()}
-        holds = torch.as_tensor(evaluate_expression(term, values | read), device=self.device)
-        reached = [
+        beside = self._read({other: places for other, places in tensors_in(term).items() if other != name})
+        holds = torch.as_tensor(evaluate_expression(term, self.positions | beside | {name: entries}), device=self.device)
+        places = list(zip(indices[-2:], holds.shape[-2:], strict=True))
+        if J in indices[-2].free_symbols:
+            places, holds = places[::-1], holds.transpose(-1, -2)
+        rows, columns = (
             _reached(json.dumps(to_json(index)), self.sizes[2:], size, count, self.device)
-            for index, size, count in zip(indices[-2:], self.block, entries.shape[-2:], strict=True)
-        ]
+            for (index, count), size in zip(places, self.block, strict=True)
+        )
 
         def any_of(entries: torch.Tensor) -> torch.Tensor:
-            return (reached[0] @ entries.float() @ reached[1].T) > 0
+            return (rows @ entries.float() @ columns.T) > 0
 
         return TileMask(any_of(holds), ~any_of(~holds))
 

@@ -33,6 +33,7 @@ PREDICATES: dict[str, Boolean] = {
     "spans from": sympy.Ge(J, tensor("query_segments", "bi")),
     "spans of heads": sympy.And(sympy.Le(I - J, 3 * H + 2), sympy.Lt(J - I, 2)),
     "blocks, prefix": sympy.Or(I < 1, J < 1, CHOSEN),
+    "blocks, turned": sympy.Ne(read("mask", B, sympy.floor(J / 3), sympy.floor(I / 5)), 0),
     "not those blocks": sympy.And(sympy.Not(CHOSEN), CAUSAL),
     "every pair": sympy.Ne(tensor("mask", "bij"), 0),
     "every pair, turned": sympy.Eq(tensor("mask", "ij"), 0),
