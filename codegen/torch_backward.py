@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from codegen.attention_block import AttentionBlock
-from codegen.contraction_order import Sizes, state_plan
 from codegen.gathered import Gathered, gathered
 from codegen.score_block import ScoreBlock, dot, sum_over_queries, weighted_sum
+from codegen.state_call import through_state
 from codegen.tensor_reads import TensorGradients, accumulation_dtype
-from codegen.torch_state import StateReads
 from codegen.torch_state_backward import state_gradients
 from codegen.torch_streaming import blockwise_visits
 from codegen.visits import Visit
@@ -42,9 +41,9 @@ def attend_gradients(
     """
     (grad_out, grad_lse), (query, key, value) = received, operands
     dtype = accumulation_dtype(query.dtype)
-    gradients, plan = TensorGradients(attend.tensors(), tensors, wanted), state_plan(attend, Sizes.of(query, key, value))
-    if plan is not None:
-        found = state_gradients(StateReads(attend, operands, tensors), plan, received, gradients)
+    gradients, by_state = TensorGradients(attend.tensors(), tensors, wanted), through_state(attend, operands, tensors)
+    if by_state is not None:
+        found = state_gradients(*by_state, received, gradients)
         return [*found, *(gradient.result() for gradient in gradients)]
     chosen = gathered(attend, query, key, tensors)
     if chosen is None:

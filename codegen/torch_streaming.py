@@ -18,14 +18,14 @@ import torch
 from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
-from codegen.contraction_order import Sizes, state_plan
 from codegen.fused_block import fused_block
 from codegen.gathered import Gathered, gathered
 from codegen.masks import is_lower_triangle, split_mask, static_key
 from codegen.narrowed_visits import seen_keys
 from codegen.score_block import ScoreBlock, linear_score, weighted_sum
+from codegen.state_call import through_state
 from codegen.tensor_reads import accumulation_dtype
-from codegen.torch_state import StateReads, state_forward
+from codegen.torch_state import state_forward
 from codegen.visits import CANDIDATES, Plan, Planes, Visit, best_plan, visits
 from codegen.weight_form import split_visits
 from rewrite.ir.expression import I, letters
@@ -107,10 +107,10 @@ def attend_forward(
     lse, of the scores that a query sees: the logarithm of the softmax's denominator, the sink's part included, -inf for a query that sees
     no key; of the scores' sum for "sum", -inf where that is not positive; 0 for "none".
     """
-    plan = state_plan(attend, Sizes.of(query, key, value))
-    if plan is not None:
+    by_state = through_state(attend, (query, key, value), tensors)
+    if by_state is not None:
         out, lse = output_like(query, value)
-        state_forward(StateReads(attend, (query, key, value), tensors), plan, (out, lse))
+        state_forward(*by_state, (out, lse))
         return out, lse
     linear, chosen = _fused_score(attend), gathered(attend, query, key, tensors)
     if linear is not None and query.device.type == "cpu":

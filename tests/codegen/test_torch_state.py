@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import sympy
 import torch
 from attention_forms import Shape
 from budget import expected, expected_lse, output_budget
@@ -15,13 +16,13 @@ from hypothesis import strategies as st
 from linear_forms import CAUSAL, FORMS, NORMALISED, lightning, linear_operands
 from test_torch_lowering import Largest
 
-from codegen import torch_backward, torch_streaming
-from codegen.contraction_order import Sizes, StatePlan, chunked
+from codegen import state_call, torch_streaming
+from codegen.contraction_order import Sizes, StatePlan, chunked, state_plan
 from codegen.operator import attend, attend_op
 from codegen.state_form import StateForm, state_form
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
-from rewrite.ir import Attend, semantics
+from rewrite.ir import Attend, semantics, tensor
 
 
 @contextmanager
@@ -37,8 +38,7 @@ def by_state(chunk: int) -> Iterator[None]:
         return tuple(made.fill_(torch.nan) for made in output_like(*like))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_streaming, "state_plan", plan)
-        patch.setattr(torch_backward, "state_plan", plan)
+        patch.setattr(state_call, "state_plan", plan)
         patch.setattr(torch_streaming, "output_like", poisoned)
         yield
 
@@ -135,7 +135,7 @@ def test_memory_is_linear(form: str) -> None:
     operation, n, width = FORMS[form][0], 4096, 32
     values = linear_operands(operation, Shape(1, 2, 2, n, n, width, width))
     operands = values["query"], values["key"], values["value"]
-    assert torch_streaming.state_plan(operation, Sizes.of(*operands)) is not None
+    assert state_plan(operation, Sizes.of(*operands)) is not None
     with Largest() as forward:
         attend_forward(operation, *operands, values)
     with Largest() as backward:
@@ -162,7 +162,29 @@ def test_both_orders_agree_where_the_choice_changes(operation: Attend) -> None:
     for n in (5, 700):
         values = linear_operands(operation, Shape(1, 4, 2, n, n, 8, 8), torch.float64)
         out = attend(operation, values["query"], values["key"], values["value"], values)
-        chosen = torch_streaming.state_plan(operation, Sizes(1, 4, 2, n, n, 8, 8)) is not None
+        chosen = state_plan(operation, Sizes(1, 4, 2, n, n, 8, 8)) is not None
         assert chosen == (n == 700)
         reference = semantics.attend(operation, values)
         assert (out - reference).abs().max() <= torch.finfo(torch.float64).eps * 64 * n * float(reference.abs().max())
+
+
+@pytest.mark.parametrize("form", ["hedgehog", "hedgehog, causal", "lightning"])
+@pytest.mark.parametrize("n_queries", [600, 300])
+def test_a_mask_by_pair_that_is_padding_and_order_is_read_as_these(form: str, n_queries: int) -> None:
+    """As models hand it over: rows padded on the left, one mask for all heads. Another mask of that shape goes pair by pair."""
+    plain, causal = FORMS[form][0], FORMS[form][1]
+    operation = replace(plain, mask=sympy.Ne(tensor("mask", "bij"), 0))
+    values = linear_operands(operation, Shape(2, 4, 2, n_queries, 600, 8, 8), torch.float64)
+    order = torch.arange(600) <= torch.arange(n_queries)[:, None] + 600 - n_queries if causal else torch.ones(n_queries, 600).bool()
+    values["mask"] = order & (torch.arange(600) >= torch.tensor([0, 50])[:, None, None])
+    odd = {**values, "mask": values["mask"].clone()}
+    odd["mask"][1, 200, 90] ^= True
+    for given_, by_state_ in ((values, True), (odd, False)):
+        operands = given_["query"], given_["key"], given_["value"]
+        assert (state_call.through_state(operation, operands, given_) is not None) == by_state_
+        leaves = [operand.requires_grad_() for operand in operands]
+        out, reference = run(operation, given_)[0], semantics.attend(operation, given_)
+        assert (out - reference).abs().max() <= torch.finfo(torch.float64).eps * 64 * 600 * float(reference.abs().max())
+        received = torch.ones_like(reference)
+        for found, wanted in zip(torch.autograd.grad(out, leaves, received), torch.autograd.grad(reference, leaves, received), strict=True):
+            assert (found - wanted).abs().max() <= torch.finfo(torch.float64).eps * 64 * 600 * float(wanted.abs().max())

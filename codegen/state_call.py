@@ -1,0 +1,89 @@
+"""Whether a call of the torch lowering goes through the state, and with which operation.
+
+Models hand causal masks and padding over as one tensor by query and key, which has no state form whatever it holds. On the CPU it is looked
+at: where it says of every pair what the padding of the keys and the order of the tokens say, it is read as these. That takes a comparison
+for each pair and batch, where pair by pair each head would multiply. A GPU would have to be waited for, and is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import sympy
+import torch
+
+from codegen.contraction_order import Sizes, StatePlan, state_plan
+from codegen.state_form import state_form
+from codegen.torch_state import StateReads
+from rewrite.ir.expression import NK, NQ, I, J, conjuncts, letters, tensor
+from rewrite.ir.operations import Attend
+from rewrite.ir.semantics import aligned
+
+# Queries compared at a time, so that nothing as large as the mask is made.
+ROWS_AT_A_TIME = 256
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """An operation whose mask tensor is read at keys alone. name, axes: the tensor and its letters as it is given; causal: with j <= i."""
+
+    attend: Attend
+    name: str
+    axes: str
+    causal: bool
+
+
+@lru_cache(maxsize=1024)
+def _readings(attend: Attend) -> tuple[_Reading, ...]:
+    """The operation with its mask tensor read as padding and order, and as padding alone, as far as these have state forms."""
+    if not isinstance(state_form(attend), str):
+        return ()
+    found = []
+    for term in conjuncts(attend.mask):
+        read = term.lhs if isinstance(term, sympy.Ne) and term.rhs == 0 else None
+        axes = letters(read.indices) if isinstance(read, sympy.Indexed) else None
+        if read is None or axes is None or not {"i", "j"} <= set(axes):
+            continue
+        name = str(read.base.label)
+        padding = sympy.Ne(tensor(name, axes.replace("i", "")), 0)
+        for causal in (True, False):
+            mask = sympy.And(*(each for each in conjuncts(attend.mask) if each != term), padding, *([J <= I + (NK - NQ)] if causal else []))
+            if attend.score.has(read) or attend.weight.has(read):
+                continue
+            simpler = replace(attend, mask=mask)
+            if not isinstance(state_form(simpler), str):
+                found.append(_Reading(simpler, name, axes, causal))
+    return tuple(found)
+
+
+def _holds(reading: _Reading, given: torch.Tensor, n_queries: int, n_keys: int) -> bool:
+    """Whether the mask says of every pair what the last query's row and, where `causal`, the order of the tokens say."""
+    seen = aligned(given, reading.axes)
+    seen = (seen if seen.dtype == torch.bool else seen != 0).expand(-1, -1, n_queries, n_keys)
+    keys, columns = seen[:, :, -1:], torch.arange(n_keys, device=given.device)
+    for start in range(0, n_queries, ROWS_AT_A_TIME):
+        rows = torch.arange(start, min(start + ROWS_AT_A_TIME, n_queries), device=given.device)
+        own = seen[:, :, start : start + ROWS_AT_A_TIME]
+        wanted = keys & (columns <= rows[:, None] + (n_keys - n_queries)) if reading.causal else keys.expand_as(own)
+        if not torch.equal(own, wanted):
+            return False
+    return True
+
+
+def through_state(
+    attend: Attend, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+) -> tuple[StateReads, StatePlan] | None:
+    """What a call needs that goes through the state, or None where it goes pair by pair. operands: query, key, value."""
+    sizes = Sizes.of(*operands)
+    plan = state_plan(attend, sizes)
+    if plan is not None:
+        return StateReads(attend, operands, tensors), plan
+    for reading in _readings(attend) if operands[0].device.type == "cpu" else ():
+        plan = state_plan(reading.attend, sizes)
+        given = tensors[reading.name]
+        if plan is not None and _holds(reading, given, sizes.n_queries, sizes.n_keys):
+            known = {**tensors, reading.name: given.select(reading.axes.index("i"), -1)}
+            return StateReads(reading.attend, operands, known), plan
+    return None
