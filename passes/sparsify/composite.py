@@ -25,7 +25,8 @@ class Composite(Pass):
     """Which new tokens are visual is known when the model runs; keys may lie in a KV cache of an earlier call, whatever they are.
 
     A decoding step's query is text and sees all. The site's own mask holds as well, and weights are unchanged: the paper's training-free
-    variant. Visual queries are masked, not left out, so that the saving that the method allows is not made here.
+    variant. A block of queries that are all visual visits the keys of its own block and no other. Which blocks these are is not known
+    before the data, and the costs in the report count every pair that positions allow.
     """
 
     name = "composite"
