@@ -28,6 +28,7 @@ import attention_forms as forms
 from codegen import TARGETS as CAPABILITIES
 from codegen import CompiledKernel, emit, emit_backward, has_triton_backward
 from codegen.backward_block import is_crowded
+from codegen.kernel_reads import gathers
 from codegen.received_kernel import exchanged
 from codegen.tiles import Tile, backward_tiles, tile_for
 from rewrite.ir import Attend
@@ -79,7 +80,11 @@ def walk_of(compiled: CompiledKernel) -> int:
 
 def kernels(attend: Attend, head_dim: int, target: str) -> Iterator[tuple[str, CompiledKernel, Tile]]:
     """(which, compiled, its tile) of the forward, and of both backward kernels where there are any."""
-    yield "forward", emit(attend).compile(target, torch.bfloat16, head_dim), tile_for(head_dim, head_dim, 2, CAPABILITIES[target])
+    yield (
+        "forward",
+        emit(attend).compile(target, torch.bfloat16, head_dim),
+        tile_for(head_dim, head_dim, 2, CAPABILITIES[target], gathers=gathers(attend)),
+    )
     # A statistic's gradients are torch operators: the backward of its exchanged attention is never called.
     if attend != VARIANTS[STATISTIC] and has_triton_backward(attend) is None:
         tiles = backward_tiles(head_dim, head_dim, 2, is_crowded(attend), CAPABILITIES[target])

@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from codegen.backward_block import BackwardBlock, is_crowded, row_facts, way_of
-from codegen.kernel_reads import Owner, axis_names
+from codegen.kernel_reads import Owner, axis_names, gathers
 from codegen.launching import dot_precision
 from codegen.names import identifiers
 from codegen.state_kernel import StateKernels
@@ -98,7 +98,7 @@ def compile_kernel(
 ) -> CompiledKernel:
     """Compile the function `name` of an emitted module; see `codegen.kernel.Kernel.compile`."""
     _require(dtype)
-    tile = tile or tile_for(head_dim, value_dim, dtype.itemsize, capability)
+    tile = tile or tile_for(head_dim, value_dim, dtype.itemsize, capability, gathers=gathers(attend))
     call = _Call(module, name, attend, dtype, (head_dim, value_dim), tile, tensor_dtypes)
     types = dict.fromkeys(("query", "key", "value", "out"), dtype) | {"lse": torch.float32}
     return call.compiled(capability, types, {"lse_stride_i": 1})

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import sympy
 
+from codegen.kernel_reads import gathers
 from codegen.masks import split_mask
 from codegen.streaming import StreamingKernel, reason_against
 from rewrite.ir.errors import RewriteError
@@ -85,6 +86,7 @@ def _launch(kernel: StreamingKernel) -> list[str]:
     unpack = [f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []
     extra = [*ids.values(), *kernel.listed.operands]
     sizes = ["H", "Nq", "Nk", *kernel.listed.sizes, *(["pieces"] if kernel.splits else [])]
+    gathered = ", gathers=True" if gathers(kernel.attend) else ""
     results = ("parts", "part_lse") if kernel.splits else ("out", "lse")
     return [
         *([*kernel.listed.predicate, "", ""] if kernel.listed else []),
@@ -104,7 +106,7 @@ def _launch(kernel: StreamingKernel) -> list[str]:
         "    check_launch(query, key, value)",
         "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
         *unpack,
-        "    tile = tile or tile_for(D, DV, query.element_size(), capability(query.device), n_queries=Nq)",
+        f"    tile = tile or tile_for(D, DV, query.element_size(), capability(query.device), n_queries=Nq{gathered})",
         *kernel.listed.made("tile", kernel.reads),
         "    programs = triton.cdiv(Nq, tile.block_q) * B * H",
         *(_SPLIT if kernel.splits else []),

@@ -24,6 +24,13 @@ Part = Literal["tile", "columns", "rows", "end", "keys"]
 
 # What a program owns a block of. Its block stands along the first axis of a tile, what it walks over along the second.
 Owner = Literal["queries", "keys"]
+
+
+def gathers(attend: Attend) -> bool:
+    """Whether scores or weights read a tensor at an expression in positions, as relative positions are read."""
+    return any(letters(indices) is None for indices in tensors_in(*attend.expressions()).values())
+
+
 OWNED, WALKED = "[:, None]", "[None, :]"
 
 

@@ -104,6 +104,9 @@ _HALF[120] = _HALF[80]
 for _table in (_HALF_BACKWARD, _HALF_BACKWARD_CROWDED):
     _table[120] = _table[80]
 
+# The architecture whose tiles scores have that gather from a tensor, on newer ones too.
+GATHERED = 80
+
 # A tile of few queries has too little work for eight warps: on tensor cores a warp takes 16 of them.
 FEW_QUERIES = 32
 WARPS_FOR_FEW_QUERIES = 4
@@ -117,13 +120,17 @@ def power_of_two(size: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())
 
 
-def tile_for(head_dim: int, value_dim: int, element_size: int, capability: int, n_queries: int | None = None) -> Tile:
+def tile_for(
+    head_dim: int, value_dim: int, element_size: int, capability: int, n_queries: int | None = None, gathers: bool = False
+) -> Tile:
     """The tile for a head dim, a value dim and bytes per element.
 
     capability: of the device, 80 for sm_80 and so on. n_queries: where there are fewer queries than the tile is high (decoding), it is
-    lowered to the next power of two.
+    lowered to the next power of two. gathers: whether the scores read a tensor at an expression in positions.
     """
-    tile = _row_for(_since(_HALF, capability) if element_size == 2 else _SINGLE, head_dim, value_dim)
+    # Addresses to gather from take so many registers that the tiles of sm_90 spill up to 950 bytes, on sm_100 too.
+    half = _since(_HALF, min(capability, GATHERED) if gathers else capability)
+    tile = _row_for(half if element_size == 2 else _SINGLE, head_dim, value_dim)
     if n_queries is None or power_of_two(n_queries) >= tile.block_q:
         return tile
     block_q = power_of_two(n_queries)

@@ -14,7 +14,7 @@ from codegen.cache import content_hash
 from codegen.compilation import CompiledKernel, compile_backward, compile_kernel
 from codegen.emitted_file import streaming_source
 from codegen.kernel import kernel_for
-from codegen.kernel_reads import Owner
+from codegen.kernel_reads import Owner, gathers
 from codegen.launching import dot_precision
 from codegen.tile_store import TileKey
 from codegen.tiles import BackwardTiles, Tile, backward_tiles, power_of_two, tile_for
@@ -54,7 +54,7 @@ def attention_launch(
             tensor_dtypes=_dtypes(attend, tensors), tile=tile,
         )  # fmt: skip
 
-    table = tile_for(head_dim, value_dim, dtype.itemsize, facts.capability, n_queries)
+    table = tile_for(head_dim, value_dim, dtype.itemsize, facts.capability, n_queries, gathers(attend))
     key = _key(kernel.name, _code(attend_json, backward=False), facts, operands, tensors)
     return Launch(key, facts.shared_memory, (table,), run, compiled)
 

@@ -43,6 +43,12 @@ def test_wide_heads_do_not_spill(target: str) -> None:
     assert emit(forms.plain()).compile(target, torch.bfloat16, 256).spills == 0
 
 
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
+def test_gathering_takes_smaller_tiles(target: str) -> None:
+    """At those of plain attention it spills 856 and 952 bytes."""
+    assert emit(forms.decomposed_position()).compile(target, torch.bfloat16, 64).spills == 0
+
+
 def test_the_newest_devices_have_rows_of_their_own() -> None:
     """More shared memory than sm_80, less on sm_120; and the tensor cores of sm_90 multiply 64 rows by four warps."""
     older, hopper, blackwell = (tile_for(64, 64, 2, capability) for capability in (80, 90, 100))

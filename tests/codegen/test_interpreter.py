@@ -14,6 +14,7 @@ from budget import expected, expected_lse, output_budget, score_error
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from codegen.tiles import Tile
 from rewrite.ir import Attend
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -134,3 +135,22 @@ def test_a_row_that_sees_nothing_is_zero(interpreter: ProcessPoolExecutor) -> No
 def test_compilation_says_that_kernels_are_interpreted(interpreter: ProcessPoolExecutor) -> None:
     said = interpreter.submit(interpreted.compile_while_interpreting, forms.plain().to_json()).result()
     assert "TRITON_INTERPRET" in said
+
+
+def test_launches_take_the_tuned_tiles(interpreter: ProcessPoolExecutor) -> None:
+    """Forward and backward, with a made-up timer; the second time nothing is timed."""
+    attend = forms.biased("hij")
+    values = operands(attend, Shape(1, 1, 1, 20, 20, 16, 16))
+    given = [values[name] for name in ("query", "key", "value", *attend.tensors())]
+    forward, keys = Tile(32, 16, 4, 2), Tile(16, 32, 4, 2)
+    for timings in (True, False):
+        out, seen, timed = interpreter.submit(interpreted.run_tuned, attend.to_json(), given, [forward]).result()
+        assert ((out.double() - expected(attend, values)).abs() <= output_budget(attend, values, torch.float32)).all()
+        assert seen == {"attend_biased": forward}
+        assert (timed > 1) == timings
+        gradients, seen, timed = interpreter.submit(interpreted.run_tuned, attend.to_json(), given, [forward, keys]).result()
+        assert seen == {"attend_backward_biased_queries": forward, "attend_backward_biased_keys": keys}
+        assert (timed > 1) == timings
+        plain = interpreter.submit(interpreted.run_tuned, attend.to_json(), given, []).result()[0]
+        for got, wanted in zip(gradients, plain, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)

@@ -1,21 +1,19 @@
-"""Tiles chosen by timing: what is timed, what wins, how it is kept, and that the launch takes it. Timer and device are made up."""
+"""Tiles chosen by timing: what is timed, what wins and how it is kept. Timer and device are made up. That launches take the choice is in
+test_interpreter."""
 
 from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import attention_forms as forms
-import interpreted
 import pytest
 import torch
-from attention_forms import Shape, operands
-from budget import expected, output_budget
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from codegen import Autotuning
@@ -36,12 +34,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     chosen = tmp_path / "kernels"
     monkeypatch.setenv("REWRITE_CACHE_DIR", str(chosen))
     return chosen
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[ProcessPoolExecutor]:
-    with interpreted.start() as pool:
-        yield pool
 
 
 def made(tile: Tile, spills: int = 0, shared: int = 1024) -> CompiledKernel:
@@ -221,25 +213,6 @@ def test_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REWRITE_AUTOTUNE", "maybe")
     with pytest.raises(RewriteError, match=r"REWRITE_AUTOTUNE='maybe'.*1 or 0"):
         Autotuning.is_on()
-
-
-def test_launches_take_the_tuned_tiles(interpreter: ProcessPoolExecutor) -> None:
-    """Forward and backward, in the interpreter; the second time nothing is timed."""
-    attend = forms.biased("hij")
-    values = operands(attend, Shape(1, 1, 1, 20, 20, 16, 16))
-    given = [values[name] for name in ("query", "key", "value", *attend.tensors())]
-    forward, keys = Tile(32, 16, 4, 2), Tile(16, 32, 4, 2)
-    for timings in (True, False):
-        out, seen, timed = interpreter.submit(interpreted.run_tuned, attend.to_json(), given, [forward]).result()
-        assert ((out.double() - expected(attend, values)).abs() <= output_budget(attend, values, torch.float32)).all()
-        assert seen == {"attend_biased": forward}
-        assert (timed > 1) == timings
-        gradients, seen, timed = interpreter.submit(interpreted.run_tuned, attend.to_json(), given, [forward, keys]).result()
-        assert seen == {"attend_backward_biased_queries": forward, "attend_backward_biased_keys": keys}
-        assert (timed > 1) == timings
-        plain = interpreter.submit(interpreted.run_tuned, attend.to_json(), given, []).result()[0]
-        for got, wanted in zip(gradients, plain, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_candidates_are_what_compiles() -> None:
