@@ -14,6 +14,7 @@ from typing import Any
 import attention_forms as forms
 import pytest
 import torch
+import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from codegen import Autotuning
@@ -104,10 +105,16 @@ def test_what_spills_or_does_not_fit_or_compile_is_not_timed() -> None:
             raise RuntimeError("PassManager::run failed")
         return made(tile, spills=8 if tile == wide else 0, shared=H100.shared_memory + (tile == deep))
 
-    timed.launch = replace(timed.launch, compiled=compiled)
-    timed.tiles()
-    assert not {(wide,), (deep,), (few,)} & set(timed.seen)
-    assert len(timed.seen) > 3
+    def run(tiles: tuple[Tile, ...]) -> None:
+        if tiles == (OTHER,):
+            raise triton.OutOfResources(300_000, H100.shared_memory, "shared memory")
+        timed.run(tiles)
+
+    timed.launch = replace(timed.launch, compiled=compiled, run=run)
+    timed.times[(OTHER,)] = 0.1
+    assert timed.tiles() == (TABLE,)
+    assert not {(wide,), (deep,), (few,), (OTHER,)} & set(timed.seen)
+    assert len(timed.seen) > 2
 
 
 def test_a_choice_is_kept_and_what_is_no_entry_is_made_anew(folder: Path) -> None:
