@@ -30,6 +30,7 @@ from rewrite.ir import (
     DepthwiseConv,
     Fits,
     GridBias,
+    GridResize,
     Parameter,
     Pass,
     Pool,
@@ -61,7 +62,9 @@ class Agent(Pass):
     learnable adds the paper's parameters, all zero at first so that they change nothing until trained. On a grid h x w with `prefix`
     tokens in front: agent_an_bias, agent_na_bias [H, P, 7, 7]; agent_ah_bias, agent_ha_bias [1, H, P, h, 1]; agent_aw_bias,
     agent_wa_bias [1, H, P, 1, w]; with a prefix agent_ac_bias, agent_ca_bias [1, H, P, prefix]; agent_dwc_weight [H*Dv, 1, 3, 3] and
-    agent_dwc_bias [H*Dv]. The paper's code keeps ha, wa and ca with P last: permute when loading its weights.
+    agent_dwc_bias [H*Dv]. The paper's code keeps ha, wa and ca with P last: permute when loading its weights. Where
+    keys are spatially reduced to a grid of their own (PVT's other form), ah and aw have its size, and values are resized to the queries'
+    grid before they are convolved.
     """
 
     name = "agent"
@@ -124,22 +127,24 @@ class Agent(Pass):
             yield f"its score reads {', '.join(extra)} at each pair of tokens, and agents are no such tokens"
         if not site.scale.is_number or score != site.scale * QK or site.scale == 0:
             yield f"its score is {score}, not a number times qk"
-        if queries != keys:
+        if queries != keys and site.layout.key_grid is None:
             yield f"it has {queries} queries and {keys} keys"
-        if agents >= queries - site.layout.prefix:
-            yield f"{agents} agents are not fewer than its {queries - site.layout.prefix} tokens"
+        if agents > queries - site.layout.prefix:
+            yield f"{agents} agents are more than its {queries - site.layout.prefix} tokens"
         if grid is not None:
             yield from self._reasons_against_grid(site, grid)
         elif self.learnable:
             yield "learnable=True needs a grid for its biases and its convolution, and no grid was found"
 
     def _reasons_against_grid(self, site: Site, grid: tuple[int, ...]) -> Iterator[str]:
-        agents = self._agents(site)
-        side, text, laid = math.isqrt(agents), "x".join(map(str, grid)), math.prod(grid) + site.layout.prefix
+        agents, key_grid, prefix = self._agents(site), site.layout.key_grid or grid, site.layout.prefix
+        side, text = math.isqrt(agents), "x".join(map(str, grid))
+        laid = math.prod(key_grid) + prefix
         if len(grid) != 2:
             yield f"its grid {text} has {len(grid)} axes, and agents are pooled over 2"
         if laid != site.dims["Nk"]:
-            yield f"{site.layout.prefix} prefix tokens and the grid {text} make {laid} tokens, it has {site.dims['Nk']}"
+            keys = "x".join(map(str, key_grid))
+            yield f"{prefix} prefix tokens and the grid {keys} make {laid} tokens, it has {site.dims['Nk']}"
         if side * side != agents:
             yield f"{agents} agents form no square on its grid {text}; {side * side} or {(side + 1) ** 2} would"
         if side > min(grid):
@@ -159,15 +164,21 @@ class Agent(Pass):
         spread = Attend("agent_output", attend.query, "agent_tokens", "agent_values", score=score)
         if not self.learnable or grid is None:
             return site.with_operations(pool, gather, spread)
-        grid_ = (grid[0], grid[1])
+        grid_, key_grid = (grid[0], grid[1]), _key_grid(site)
         ac, ca = ("agent_ac_bias", "agent_ca_bias") if prefix else (None, None)
+        # Values of reduced keys are brought to the grid of the queries before they are convolved.
+        values, resized = attend.value, []
+        if key_grid != grid_:
+            resized = [GridResize("agent_resized_value", attend.value, key_grid, grid_)]
+            values = "agent_resized_value"
         return site.with_operations(
             pool,
-            GridBias("agent_to_key_bias", "agent_an_bias", "agent_ah_bias", "agent_aw_bias", ac, grid_),
+            GridBias("agent_to_key_bias", "agent_an_bias", "agent_ah_bias", "agent_aw_bias", ac, key_grid),
             GridBias("query_to_agent_bias", "agent_na_bias", "agent_ha_bias", "agent_wa_bias", ca, grid_, transposed=True),
             Attend(gather.result, gather.query, gather.key, gather.value, score + tensor("agent_to_key_bias", "bhij")),
             Attend(spread.result, spread.query, spread.key, spread.value, score + tensor("query_to_agent_bias", "bhij")),
-            DepthwiseConv("agent_diversity", attend.value, "agent_dwc_weight", "agent_dwc_bias", grid_, prefix),
+            *resized,
+            DepthwiseConv("agent_diversity", values, "agent_dwc_weight", "agent_dwc_bias", grid_, prefix),
             Sum("agent_sum", (spread.result, "agent_diversity")),
             parameters=self._parameters(site, grid_),
         )
@@ -177,8 +188,8 @@ class Agent(Pass):
         shapes: tuple[tuple[str, tuple[int, ...]], ...] = (
             ("agent_an_bias", (heads, agents, BIAS_SIZE, BIAS_SIZE)),
             ("agent_na_bias", (heads, agents, BIAS_SIZE, BIAS_SIZE)),
-            ("agent_ah_bias", (1, heads, agents, grid[0], 1)),
-            ("agent_aw_bias", (1, heads, agents, 1, grid[1])),
+            ("agent_ah_bias", (1, heads, agents, _key_grid(site)[0], 1)),
+            ("agent_aw_bias", (1, heads, agents, 1, _key_grid(site)[1])),
             ("agent_ha_bias", (1, heads, agents, grid[0], 1)),
             ("agent_wa_bias", (1, heads, agents, 1, grid[1])),
             ("agent_ac_bias", (1, heads, agents, prefix)),
@@ -197,12 +208,22 @@ class Agent(Pass):
         if not self.learnable or grid is None:
             return spread.softmax(-1) @ (gather.softmax(-1) @ value)
         learned = {name.removeprefix("agent_"): entry for name, entry in attention.parameters.items()}
-        gather = gather + _bias(learned["an_bias"], learned["ah_bias"], learned["aw_bias"], learned.get("ac_bias"), grid)
+        gather = gather + _bias(learned["an_bias"], learned["ah_bias"], learned["aw_bias"], learned.get("ac_bias"), _key_grid(site))
         to_agents = _bias(learned["na_bias"], learned["ha_bias"], learned["wa_bias"], learned.get("ca_bias"), grid)
         spread = spread + to_agents.transpose(-2, -1)
         output = spread.softmax(-1) @ (gather.softmax(-1) @ value)
+        if site.layout.key_grid is not None:
+            images = value.transpose(-2, -1).reshape(*value.shape[:2], value.shape[3], *site.layout.key_grid)
+            images = torch.stack([functional.interpolate(row, size=grid, mode="bilinear") for row in images])
+            value = images.flatten(-2).transpose(-2, -1)
         output[:, :, prefix:] += _convolved(value[:, :, prefix:], learned["dwc_weight"], learned["dwc_bias"], grid)
         return output
+
+
+def _key_grid(site: Site) -> tuple[int, int]:
+    """The grid of a site's keys, in a site whose queries have one of two axes."""
+    height, width = site.layout.key_grid or site.layout.grid or (0, 0)
+    return height, width
 
 
 def _pooled(query: torch.Tensor, grid: tuple[int, ...], agents: int) -> torch.Tensor:
@@ -233,7 +254,7 @@ def _convolved(value: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, gr
     batch, heads, _, width = value.shape
     height, breadth = grid
     image = functional.pad(value.reshape(batch, heads, height, breadth, width), (0, 0, 1, 1, 1, 1))
-    kernel, result = weight.reshape(heads, width, KERNEL_SIZE, KERNEL_SIZE), bias.reshape(heads, 1, 1, width).expand(batch, -1, -1, -1)
+    kernel, result = weight.reshape(heads, width, KERNEL_SIZE, KERNEL_SIZE), bias.reshape(heads, 1, 1, width)
     for down in range(KERNEL_SIZE):
         for right in range(KERNEL_SIZE):
             shifted = image[:, :, down : down + height, right : right + breadth]

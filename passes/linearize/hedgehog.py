@@ -11,7 +11,7 @@ With s the site's scores, m_i the greatest of the window's, and g_h learned:
 
     out[i] = (g sum_{j > i - window} exp(s_ij - m_i) v_j + sum_{j <= i - window} (phi(q_i) . phi(k_j)) v_j) / (the same without v)
 
-W is trained by distillation: bring the map, or the output, close to the softmax's; then the model by low-rank adaptation.
+W is trained by distillation, bringing the map close to the softmax's; then the model by low-rank adaptation.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from rewrite.ir import (
     AttentionInputs,
     FeatureMap,
     Fits,
+    Fitting,
     J,
     Ones,
     Parameter,
@@ -68,6 +69,8 @@ class Hedgehog(Pass):
     formula = "phi(x) = cat[softmax(x W), softmax(-x W)]; out[i] = sum_j (phi(q_i) . phi(k_j)) v_j / sum_j phi(q_i) . phi(k_j)"
     training_free = False
     fits = Fits(kinds=frozenset({"self"}))
+    # Both papers distil by the cross-entropy of the maps.
+    fitting = Fitting(compares="map", map_loss="cross_entropy")
 
     features: int = parameter(64, "columns of W; a head has twice as many features")
     window: int = parameter(0, "last keys that a query of a causal site attends to by softmax; 0 is none, LoLCATs has 64")
@@ -126,24 +129,28 @@ class Hedgehog(Pass):
             parameters=(*maps.values(), factor),
         )
 
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """The maps, as the published code's quadratic form has them."""
+    def attention_map(self, attention: AttentionInputs) -> torch.Tensor:
+        """The weights, as the published code's quadratic form has them."""
         dims, added = attention.site.dims, attention.parameters
         maps = (added["hedgehog_query"], added["hedgehog_key"].repeat_interleave(dims["H"] // dims["Hkv"], dim=0))
         features = [self._features(tokens @ weight) for tokens, weight in zip((attention.query, attention.key), maps, strict=True)]
         seen = attention.logits != -torch.inf
         products = features[0] @ features[1].transpose(-2, -1) * seen
         if not self.window:
-            return products @ attention.value / (products.sum(-1, keepdim=True) + float(EPSILON))
+            return products / (products.sum(-1, keepdim=True) + float(EPSILON))
         queries, keys = seen.shape[-2:]
-        near = torch.ones(queries, keys, dtype=torch.bool).triu(keys - queries - self.window + 1)
+        near = torch.ones(queries, keys, dtype=torch.bool, device=seen.device).triu(keys - queries - self.window + 1)
         logits = attention.logits.masked_fill(~near, -torch.inf)
         peak = logits.amax(-1, keepdim=True)
         factor = added["hedgehog_factor"].sigmoid()[:, None, None]
         window = factor * (logits - peak.masked_fill(peak == -torch.inf, 0.0)).exp()
         weights = window + (1 - factor if self.affine else 1.0) * products * ~near
         total = weights.sum(-1, keepdim=True)
-        return weights @ attention.value / total.masked_fill(total == 0, 1.0)
+        return weights / total.masked_fill(total == 0, 1.0)
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """The map times the values."""
+        return self.attention_map(attention) @ attention.value
 
     @staticmethod
     def _features(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from rewrite.ir.attend import Attend, BlockChoice, Groups, HeadMix, Normaliser
+from rewrite.ir.grid_resize import GridResize
 from rewrite.ir.grid_rotation import GridRotation
 from rewrite.ir.input_operations import DynamicConv, Gate
 from rewrite.ir.linear_operations import FeatureMap, Ones, SharedNormaliser, WindowSum
@@ -27,6 +28,7 @@ __all__ = [
     "FeatureMap",
     "Gate",
     "GridBias",
+    "GridResize",
     "GridRotation",
     "Groups",
     "HeadMix",

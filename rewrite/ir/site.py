@@ -23,6 +23,7 @@ class TokenLayout:
     visual: True where the sequence holds visual tokens among text, at positions known when the model runs.
     window: the part of the grid that attends to itself, where that is not all of it; the sequence is then one window. partition: whether
     windows are contiguous, or take every n-th position of the grid (a "grid"). shifted: the grid was rolled before it was cut.
+    key_grid: the grid that keys lie on, in order and nothing around it, where it is another one (spatially reduced keys).
     """
 
     grid: tuple[int, ...] | None = None
@@ -33,6 +34,7 @@ class TokenLayout:
     shifted: bool = False
     suffix: int = 0
     raster: bool = True
+    key_grid: tuple[int, ...] | None = None
 
     @property
     def partial(self) -> str | None:

@@ -146,7 +146,7 @@ def _place(
     visual = merge is not None or any(has_visual_cache(entry) for entry in cache)
     dims = dict(region.sizes)
     operands = list(region.operands())
-    if stream is not None and hinted_shape(stream)[1] == dims["Nq"]:
+    if stream is not None and len(hinted_shape(stream)) == 3 and hinted_shape(stream)[1] == dims["Nq"]:
         operands.append("hidden")
         dims["C"] = hinted_shape(stream)[2]
         if visual:
@@ -156,6 +156,7 @@ def _place(
         operands.append("input")
         dims["Cin"] = hinted_shape(projected)[-1]
     lies = layouts.of_operand(region.query.node, region.query.layout.steps(), axis=2)
+    keys_lie = layouts.of_operand(region.key.node, region.key.layout.steps(), axis=2)
     site = Site(
         name=name,
         layer=layer,
@@ -164,7 +165,7 @@ def _place(
         kind="channel" if region.channels else "cross" if source is None else "self",
         body=Body((region.attend,)),
         dims=dims,
-        layout=_site_layout(lies, visual),
+        layout=_site_layout(lies, keys_lie, visual),
         operands=tuple(operands),
         cached=bool(cache),
         dropout=region.dropout,
@@ -174,7 +175,9 @@ def _place(
     return Found(site, region, stream, projected, merge, cache)
 
 
-def _site_layout(lies: tokens.TokenLayout | None, visual: bool) -> TokenLayout:
+def _site_layout(lies: tokens.TokenLayout | None, keys_lie: tokens.TokenLayout | None, visual: bool) -> TokenLayout:
     if lies is None:
         return TokenLayout(visual=visual)
-    return TokenLayout(lies.grid, lies.prefix, visual, lies.window, lies.partition, lies.shifted, lies.suffix, lies.raster)
+    whole = keys_lie is not None and keys_lie.window is None and keys_lie.raster and not keys_lie.prefix and not keys_lie.suffix
+    key_grid = keys_lie.grid if keys_lie is not None and whole and keys_lie.grid != lies.grid else None
+    return TokenLayout(lies.grid, lies.prefix, visual, lies.window, lies.partition, lies.shifted, lies.suffix, lies.raster, key_grid)

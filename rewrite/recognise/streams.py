@@ -16,6 +16,9 @@ _PROJECTIONS = frozenset({"linear", "conv", "addmm"})
 # Per-token normalisation and what does not change the tokens: the walk from a projection to the residual stream goes through these.
 _NORMALISATION = frozenset({"layer_norm", "rms_norm", "cast", "dropout", "contiguous", "clone"})
 
+# What lays the same tokens out otherwise: a grid cut into windows, and rolled before.
+_LAYOUT = frozenset({"reshape", "flatten", "unflatten", "permute", "transpose", "roll", "pad"})
+
 # What makes tokens of tokens one by one, but for projections.
 _TOKEN_BY_TOKEN = _NORMALISATION | {"add", "sub", "mul", "div", "clamp", "clamp_min", "clamp_max", "relu"}
 
@@ -89,14 +92,17 @@ def cache_entries(node: fx.Node) -> list[fx.Node]:
 
 
 def residual_stream(projected: fx.Node) -> fx.Node:
-    """The residual stream that a projection's input was normalised from: the layer's input in a pre-norm layer, the tensor itself else."""
-    node = projected
-    shape = hinted_shape(node)
-    while not any(canonical(user) in ("add", "sub") and hinted_shape(user) == shape for user in _tensor_users(node)):
+    """The residual stream that a projection's input was normalised from: the layer's input in a pre-norm layer, the tensor itself else.
+
+    Where windows were cut of it, it is what they were cut of, if there is such a layer's input.
+    """
+    node, found = projected, False
+    while not (found := _is_added_to(node)):
+        shape = hinted_shape(node)
         previous: fx.Node | None = None
-        if canonical(node) in _NORMALISATION:
+        if canonical(node) in _NORMALISATION | _LAYOUT:
             source = argument(node, "input", node.args[0] if node.args else None)
-            previous = source if isinstance(source, fx.Node) else None
+            previous = source if isinstance(source, fx.Node) and math.prod(hinted_shape(source)) == math.prod(shape) else None
         elif canonical(node) == "mul":
             full = [entry for entry in node.args if isinstance(entry, fx.Node) and not is_parameter(entry)]
             full = [entry for entry in full if isinstance(value_of(entry), torch.Tensor) and hinted_shape(entry) == shape]
@@ -104,7 +110,13 @@ def residual_stream(projected: fx.Node) -> fx.Node:
         if previous is None:
             break
         node = previous
-    return node
+    shape, own = hinted_shape(node), hinted_shape(projected)
+    return node if shape == own or (found and shape[-1] == own[-1]) else projected
+
+
+def _is_added_to(node: fx.Node) -> bool:
+    """Whether something of its shape is added to a tensor."""
+    return any(canonical(user) in ("add", "sub") and hinted_shape(user) == hinted_shape(node) for user in _tensor_users(node))
 
 
 def _tensor_users(node: fx.Node) -> Iterable[fx.Node]:
@@ -129,24 +141,41 @@ def reaches(node: fx.Node, targets: set[fx.Node]) -> fx.Node | None:
 
 
 def _same_tokens(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether shapes are equal but for rows and tokens on one axis: [B, N, C] and [B * N, C]."""
-    return shape == other or (shape[-1:] == other[-1:] and {len(shape), len(other)} == {2, 3} and math.prod(shape) == math.prod(other))
+    """Whether shapes are equal but for how tokens lie on axes: [B, N, C], [B * N, C] and [B, H, W, C]."""
+    return shape == other or (shape[-1:] == other[-1:] and len(shape) != len(other) and math.prod(shape) == math.prod(other))
 
 
 def self_source(region: Region) -> fx.Node | None:
     """The tensor that both queries and keys were projected from, or None where they have no source in common (cross-attention).
 
     Where each was projected from a tensor of its own (bounds or positions of its own), the tensor that both of these were made of, token by
-    token.
+    token. Keys may be of fewer tokens than queries where a strided convolution made these of the queries' (spatial reduction).
     """
     own, other = sources(region.query.node), sources(region.key.node)
     common = own & other
     if common:
         return min(common)
     if region.sizes["Nq"] != region.sizes["Nk"]:
-        return None
+        return next((source for node in sorted(other) if (source := _reduced_from(node)) in own), None)
     common = _made_of(own) & _made_of(other)
     return max(common) if common else None
+
+
+def _reduced_from(node: fx.Node) -> fx.Node | None:
+    """The tokens that one convolution brought down to a tensor's, normalised since or laid out otherwise; None where there is none."""
+    reduced = False
+    while canonical(node) in _NORMALISATION | _LAYOUT | {"conv"}:
+        if canonical(node) == "conv" and reduced:
+            return None
+        reduced |= canonical(node) == "conv"
+        source = argument(node, "input", node.args[0] if node.args else None)
+        if not isinstance(source, fx.Node):
+            return None
+        node = source
+        # The image that is convolved is the tokens themselves, laid out otherwise.
+        if reduced and canonical(node) not in _LAYOUT:
+            return node
+    return None
 
 
 def _made_of(tensors: set[fx.Node]) -> set[fx.Node]:

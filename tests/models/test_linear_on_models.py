@@ -10,7 +10,7 @@ from torch import nn
 
 from rewrite import AttentionInputs, parse_pass, rewrite
 from tests.models.architectures import images, same_gradients, timm_model
-from tests.models.oracles import attention_replaced_by, by_reference
+from tests.models.oracles import attention_replaced_by, by_reference, plain
 from tests.models.test_passes_on_models import agrees, recognised_sites
 
 CAUSAL = ("lightning(scale='site', layers=(0,))", "hedgehog(features=8, window=4, layers=(1,))")
@@ -129,6 +129,54 @@ def test_tokens_are_merged_and_taken_apart_again() -> None:
     actual = changed(**inputs)
     agrees([actual], [expected], 2)
     assert (actual - model(**inputs)).abs().max() > 1e-3 * expected.abs().max()
+    expected.square().mean().backward()
+    actual.square().mean().backward()
+    same_gradients(changed, model)
+
+
+def test_agents_beside_spatially_reduced_keys() -> None:
+    """Keys of the first two stages lie on a grid of their own; values are resized to the queries' before they are convolved."""
+    inputs, text = images(64, name="x")(), "agent(tokens=(9, 4), learnable=True, stacks=(0, 1))"
+    model = timm_model("pvt_v2_b0", depths=(1, 1, 1, 1), num_classes=8)("sdpa")
+    sites = recognised_sites(model, inputs)
+    assert [(site.kind, site.stack, site.layout.grid, site.layout.key_grid) for site in sites] == [
+        ("self", 0, (16, 16), (2, 2)), ("self", 1, (8, 8), (2, 2)), ("self", 2, (4, 4), (2, 2)), ("self", 3, (2, 2), None)
+    ]  # fmt: skip
+    changed = rewrite(model, [text], example_inputs=inputs)
+    assert [site.passes for site in changed.rewrite_report.sites] == [(text,), (text,), (), ()]
+    by_agents = by_reference(parse_pass(text), sites, parameters=drawn(changed))
+
+    def function(*operands: Any) -> torch.Tensor:
+        return (by_agents if operands[-1] % 4 < 2 else plain)(*operands)
+
+    with attention_replaced_by(function):
+        expected = model(**inputs)
+    actual = changed(**inputs)
+    agrees([actual], [expected], 4)
+    expected.square().mean().backward()
+    actual.square().mean().backward()
+    same_gradients(changed, model)
+
+
+def test_the_stages_of_a_hierarchical_model_are_stacks_and_agents_take_the_place_of_its_relative_positions() -> None:
+    """Windows as wide as the first stage's map; the second stage keeps its shifted windows."""
+    inputs, text = images(64, name="x")(), "agent(tokens=(9, 4), learnable=True, drop_bias=True, stacks=(0,))"
+    options = {"depths": (2, 2), "num_heads": (2, 4), "embed_dim": 32, "num_classes": 8, "img_size": 64}
+    model, wide = (timm_model("swin_tiny_patch4_window7_224", window_size=window, **options)("sdpa") for window in (4, 16))
+    model.layers[0] = wide.layers[0]
+    sites = recognised_sites(model, inputs)
+    assert [(site.stack, site.layer, site.depth) for site in sites] == [(0, 0, 2), (0, 1, 2), (1, 0, 2), (1, 1, 2)]
+    changed = rewrite(model, [text], example_inputs=inputs)
+    assert [site.passes for site in changed.rewrite_report.sites] == [(text,), (text,), (), ()]
+    by_agents = by_reference(parse_pass(text), sites, parameters=drawn(changed))
+
+    def function(*operands: Any) -> torch.Tensor:
+        return (by_agents if operands[-1] % 4 < 2 else plain)(*operands)
+
+    with attention_replaced_by(function):
+        expected = model(**inputs)
+    actual = changed(**inputs)
+    agrees([actual], [expected], 4)
     expected.square().mean().backward()
     actual.square().mean().backward()
     same_gradients(changed, model)

@@ -14,8 +14,8 @@ from rewrite.ir import QK, PassError, Program, tensor
     ("setting", "case", "words"),
     [
         (Agent(50), SITES["grid"], "50 agents form no square on its grid 8x9; 49 or 64 would"),
-        (Agent(64), SITES["sequence"], "64 agents are not fewer than its 60 tokens"),
-        (Agent(60), SITES["sequence, prefix"], "60 agents are not fewer than its 60 tokens"),
+        (Agent(64), SITES["sequence"], "64 agents are more than its 60 tokens"),
+        (Agent(61), SITES["sequence, prefix"], "61 agents are more than its 60 tokens"),
         (Agent(64), site(72, (6, 12)), "8x8 agents do not fit on its grid 6x12"),
         (Agent(4), SITES["grid, mask"], "it is masked (Ne(padding[b, j], 0))"),
         (Agent(4), SITES["grid, bias"], "its score reads bias"),
