@@ -89,7 +89,11 @@ def autotune(enabled: bool = True) -> codegen.Autotuning:
 
 
 def kernels(model: nn.Module) -> tuple[codegen.Kernel | codegen.StateKernel, ...]:
-    """The kernels that were emitted for a rewritten model so far, in order of their sites."""
+    """The kernels that were emitted for a rewritten model so far, in order of their sites.
+
+    Linear attention has two entries: a `codegen.Kernel` for short sequences, which goes pair by pair, and a `codegen.StateKernel`, several
+    kernels in a file, whose `compile` gives one result for each.
+    """
     session = session_of(model)
     if session is None:
         raise RewriteError("this model was not rewritten; kernels() takes what rewrite() returned")
