@@ -55,6 +55,8 @@ def block_list(static: str, n_queries: int, n_keys: int, block: tuple[int, int],
 
     Cached; the predicate is evaluated for one block of queries at a time, so that memory stays at one block of queries times n_keys.
     """
+    if device.type != "cpu":
+        return BlockList(*(part.to(device) for part in block_list(static, n_queries, n_keys, block, torch.device("cpu"))))
     kinds: list[tuple[torch.Tensor, torch.Tensor]] = []
     # Keys past the end count as unseen: the last block is cut unless the keys fill it.
     for tiles in _tiles(static, n_queries, n_keys, block, outside=False):

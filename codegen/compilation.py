@@ -100,7 +100,7 @@ def compile_kernel(
     _require(dtype)
     tile = tile or tile_for(head_dim, value_dim, dtype.itemsize, capability, gathers=gathers(attend))
     call = _Call(module, name, attend, dtype, (head_dim, value_dim), tile, tensor_dtypes)
-    types = dict.fromkeys(("query", "key", "value", "out"), dtype) | {"lse": torch.float32}
+    types = dict.fromkeys(("query", "key", "value", "out"), dtype) | dict.fromkeys(("lse", "row_parts", "parts"), torch.float32)
     return call.compiled(capability, types, {"lse_stride_i": 1})
 
 
@@ -211,7 +211,7 @@ class _Call:
         # As for contiguous tensors, whose last stride is one; a launch finds that and makes it a constant too.
         by_identifier = _by_identifier(self.attend, self.attend.tensors())
         constants |= {f"{operand}_stride_{axis_names(indices)[-1]}": 1 for operand, indices in by_identifier.items() if indices}
-        known = {**types, "starts": torch.int32, "blocks": torch.int32}
+        known = {**types, "starts": torch.int32, "blocks": torch.int32, "owners": torch.int32}
         known |= _by_identifier(self.attend, tensor_types(self.attend, self.dtype, self.tensor_dtypes))
         constants = {argument: constant for argument, constant in constants.items() if argument in function.arg_names}
         signature = {

@@ -9,6 +9,7 @@ import sympy
 
 from codegen.kernel_reads import gathers
 from codegen.masks import split_mask
+from codegen.split_kernel import SplitKernel
 from codegen.streaming import StreamingKernel, reason_against
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import TOTAL, W, tensors_in
@@ -16,8 +17,8 @@ from rewrite.ir.operations import Attend
 from rewrite.ir.site import is_causal_term
 
 
-def kernel_name(attend: Attend) -> str:
-    """A name that says what the kernel computes, such as ``attend_causal_biased_grouped``."""
+def kernel_name(attend: Attend, values: bool = True) -> str:
+    """A name that says what the kernel computes, such as ``attend_causal_biased_grouped``; values: as of a `StreamingKernel`."""
     static, dynamic = split_mask(attend.mask)
     terms = static.args if isinstance(static, sympy.And) else (static,)
     causal = any(is_causal_term(term) for term in terms)
@@ -32,7 +33,7 @@ def kernel_name(attend: Attend) -> str:
         "gated": attend.weight != W,
         "grouped": attend.groups is not None,
     }
-    return "_".join(["attend", *(part for part, present in parts.items() if present)])
+    return "_".join(["attend" if values else "row_sums", *(part for part, present in parts.items() if present)])
 
 
 def facts_of(attend: Attend, sites: tuple[str, ...], passes: tuple[str, ...]) -> dict[str, str]:
@@ -63,37 +64,44 @@ def docstring(title: str, equations: Sequence[str], facts: Mapping[str, str]) ->
 
 def _header(kernel: StreamingKernel, sites: tuple[str, ...], passes: tuple[str, ...]) -> list[str]:
     """The module docstring: equation, sites, passes."""
-    attend = kernel.attend
+    attend, facts = kernel.attend, facts_of(kernel.attend, sites, passes)
+    if not kernel.values:
+        title = f"{kernel.name}: rows of scores, summed over blocks of keys."
+        summed = "log(sum_j exp({}))" if attend.normaliser == "softmax" else "sum_j {}"
+        return docstring(title, [f"lse[b,h,i] = {summed.format('score over visible keys[i,j]')}"], facts)
     weight = "" if attend.groups is None else "weight[g(j)] * "
     normaliser = {"softmax": "softmax_j", "sum": "divided_by_its_sum_j", "none": ""}[attend.normaliser]
     normalised = f"{normaliser}(score over visible keys{'' if attend.sink is None else ' and the sink'})[i,j]"
     normalised = normalised if attend.weight == W else f"counts({normalised})"
     equation = f"out[b,h,i,:] = sum_j {weight}{normalised} * value[b,h',j,:]"
-    return docstring(f"{kernel.name}: attention streamed over blocks of keys.", [equation], facts_of(attend, sites, passes))
+    return docstring(f"{kernel.name}: attention streamed over blocks of keys.", [equation], facts)
 
 
-def _imports(kernel: StreamingKernel) -> list[str]:
-    split = ["join", "partial_results", "pieces_for"] if kernel.splits else []
+def _imports(kernel: StreamingKernel, split: SplitKernel) -> list[str]:
     always = ["broadcast_strides", "capability", "check_launch", "dot_precision", "power_of_two", "tile_for"]
-    needed = sorted([*kernel.listed.maker(), *split, *always])
+    needed = sorted([*kernel.listed.maker(), *split.makers(), *always])
     wrapped = textwrap.wrap(", ".join(needed) + ",", 120, initial_indent="    ", subsequent_indent="    ")
     return ["import triton", "import triton.language as tl", "from codegen.launching import (", *wrapped, ")", "", ""]
 
 
-def _launch(kernel: StreamingKernel) -> list[str]:
+def _launch(kernel: StreamingKernel, split: SplitKernel) -> list[str]:
     ids = kernel.reads.ids
     said = ", ".join(f"{name} [{', '.join(map(str, indices))}]" for name, indices in kernel.reads.tensors.items()) or "none"
     unpack = [f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []
-    extra = [*ids.values(), *kernel.listed.operands]
-    sizes = ["H", "Nq", "Nk", *kernel.listed.sizes, *(["pieces"] if kernel.splits else [])]
+    operands = list(kernel.strides("query", "key", "value"))
+    results = list(kernel.strides("out", "lse"))
+    shapes = {
+        "query": "query [B, H, Nq, D]", "key": "key [B, Hkv, Nk, D]", "value": "value [B, Hkv, Nk, Dv]",
+        "out": "out [B, H, Nq, Dv]", "lse": "lse [B, H, Nq] float32",
+    }  # fmt: skip
     gathered = ", gathers=True" if gathers(kernel.attend) else ""
-    results = ("parts", "part_lse") if kernel.splits else ("out", "lse")
+    width, widths, lengths = ("DV", ", DV", ", value.shape[3]") if kernel.values else ("D", "", "")
     return [
         *([*kernel.listed.predicate, "", ""] if kernel.listed else []),
-        f"def launch(query, key, value, tensors, out, lse, tile=None{', pieces=None' if kernel.splits else ''}):",
+        f"def launch({', '.join([*operands, 'tensors', *results])}, tile=None{', units=None' if split.possible else ''}):",
         '    """Run the kernel.',
         "",
-        "    query [B, H, Nq, D], key [B, Hkv, Nk, D], value [B, Hkv, Nk, Dv] -> out [B, H, Nq, Dv], lse [B, H, Nq] float32.",
+        f"    {', '.join(shapes[name] for name in operands)} -> {', '.join(shapes[name] for name in results)}.",
         *textwrap.wrap(
             f"tensors, in this order, axes b, h, i, j of that size or 1, others of any: {said}.",
             130,
@@ -101,38 +109,27 @@ def _launch(kernel: StreamingKernel) -> list[str]:
             subsequent_indent="    ",
         ),
         "    tile: a codegen.tiles.Tile; by default the one for the head dim and the device.",
-        *(["    pieces: programs that share the keys of a tile; by default as many as fill the device."] if kernel.splits else []),
+        *(["    units: programs that share the key blocks of all tiles; by default as many as pay, if any do."] if split.possible else []),
         '    """',
-        "    check_launch(query, key, value)",
-        "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
+        f"    check_launch({', '.join(operands)})",
+        f"    (B, H, Nq, D), Nk{widths} = query.shape, key.shape[2]{lengths}",
         *unpack,
-        f"    tile = tile or tile_for(D, DV, query.element_size(), capability(query.device), n_queries=Nq{gathered})",
+        f"    tile = tile or tile_for(D, {width}, query.element_size(), capability(query.device), n_queries=Nq{gathered})",
+        "    tiles = triton.cdiv(Nq, tile.block_q) * B * H",
+        *(split.launch() if split.possible else []),
         *kernel.listed.made("tile", kernel.reads),
-        "    programs = triton.cdiv(Nq, tile.block_q) * B * H",
-        *(_SPLIT if kernel.splits else []),
-        f"    {kernel.name}[(programs{' * pieces' if kernel.splits else ''},)](",
-        f"        query, key, value, {results[0]}, {results[1]},",
-        *([f"        {', '.join(extra)},"] if extra else []),
-        "        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],",
-        f"        *{results[0]}.stride()[:-1], *{results[1]}.stride(),",
+        f"    {kernel.name}[(tiles,)](",
+        f"        {', '.join([*operands, *results, *kernel.listed.operands, *ids.values()])},",
+        f"        {', '.join(f'*{operand}.stride()[:3]' for operand in [*operands, *results])},",
         *kernel.reads.given(),
-        f"        {', '.join(sizes)},",
-        "        HEADS_PER_KEY=H // key.shape[1], D=D, DV=DV, BLOCK_D=power_of_two(D), BLOCK_DV=power_of_two(DV),",
-        "        BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, PRECISION=dot_precision(query.dtype),",
-        "        num_warps=tile.warps, num_stages=tile.stages,",
+        f"        {', '.join(['H', 'Nq', 'Nk', *kernel.listed.sizes])},",
+        *kernel.constants(),
         "    )",
-        *(["    join(parts, part_lse, out, lse)"] if kernel.splits else []),
     ]
 
 
-_SPLIT = [
-    "    pieces = pieces or pieces_for(programs, triton.cdiv(Nk, tile.block_k), query.device)",
-    "    parts, part_lse = partial_results(out, lse, pieces)",
-]
-
-
-def streaming_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = ()) -> str:
-    """The text of a Python file with the Triton kernel for `attend` and its `launch` function.
+def streaming_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = (), values: bool = True) -> str:
+    """The text of a Python file with the Triton kernels for `attend` and their `launch` function; values: as of a `StreamingKernel`.
 
     Raises `RewriteError` where the operation does not stream, or its score, mask or a weight has no Triton form.
     """
@@ -142,6 +139,8 @@ def streaming_source(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[
     unknown = {str(s) for s in attend.score.free_symbols | attend.mask.free_symbols if str(s).startswith("mass_")}
     if unknown:
         raise RewriteError(f"{', '.join(sorted(unknown))} can be read by group weights only, not by a score or a mask")
-    kernel = StreamingKernel(attend, kernel_name(attend))
-    header, imports = _header(kernel, sites, passes), _imports(kernel)
-    return "\n".join([*header, *imports, *kernel.lines(), "", "", *_launch(kernel), ""])
+    kernel = StreamingKernel(attend, kernel_name(attend, values), values)
+    split = SplitKernel(kernel)
+    header, imports = _header(kernel, sites, passes), _imports(kernel, split)
+    forms = [*kernel.lines(), "", "", *([*split.lines(), "", ""] if split.possible else [])]
+    return "\n".join([*header, *imports, *forms, *_launch(kernel, split), ""])

@@ -56,11 +56,15 @@ def group_weights(groups: Groups, reads: KernelReads) -> list[str]:
     return lines
 
 
+def chosen(groups: Groups, names: tuple[str, ...]) -> str:
+    """Which keys of a block are in one of the groups."""
+    terms = " | ".join(f"(group == {groups.names.index(name)})" for name in names)
+    return f"({terms})" if len(names) > 1 else terms
+
+
 def weigh(groups: Groups, reads: KernelReads) -> list[str]:
     """In the second walk: the normalised weight of every pair, times what its group counts."""
     factor = "0.0"
     for index, (_, names) in reversed(list(enumerate(shared_weights(groups)))):
-        chosen = " | ".join(f"(group == {groups.names.index(name)})" for name in names)
-        chosen = f"({chosen})" if len(names) > 1 else chosen
-        factor = f"tl.where({chosen}[None, :], weight_{index}[:, None], {factor})"
+        factor = f"tl.where({chosen(groups, names)}[None, :], weight_{index}[:, None], {factor})"
     return ["", _member(groups, reads), f"factor = {factor}", "weight = factor * tl.exp2(score - shift[:, None])"]

@@ -7,15 +7,19 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import torch
 
 from codegen.cache import load, store
 from codegen.compilation import CompiledKernel, capability_of, compile_kernel
 from codegen.emitted_file import kernel_name, streaming_source
+from codegen.split_keys import reason_against_split
 from codegen.tiles import Tile
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.operations import Attend
+
+Form = Literal["whole", "split", "join"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Kernel:
     """An emitted kernel.
 
     name: of its function. site: the sites it was made for, joined by ", ". passes: what shaped it. path: the file, source: its text.
-    attend_json: the operation, what `rewrite::attend` is called with.
+    attend_json: the operation, what `rewrite::attend` is called with. values: as of a `codegen.streaming.StreamingKernel`.
     """
 
     name: str
@@ -32,6 +36,7 @@ class Kernel:
     path: Path
     source: str
     attend_json: str
+    values: bool = True
 
     def load(self) -> ModuleType:
         """The module in `path`: the kernel under `name` and ``launch``. Raises `RewriteError` where the file is not what was emitted."""
@@ -45,18 +50,22 @@ class Kernel:
         value_dim: int | None = None,
         tensor_dtypes: Mapping[str, torch.dtype] | None = None,
         tile: Tile | None = None,
+        form: Form = "whole",
     ) -> CompiledKernel:
         """Compile ahead of time; needs no GPU.
 
         target: "sm_80", "sm_90" or "sm_100". dtype: of query, key and value. value_dim: head_dim if None. tensor_dtypes: of the other
         tensors by name; by default int32 for the groups, bool for what only a predicate reads, `dtype` for the rest. tile: by default the
-        table's.
-        Raises `RewriteError` for an unknown target or dtype, or under TRITON_INTERPRET.
+        table's. form: the kernel of whole tiles, or the "split" walk and its "join", see `codegen.split_kernel`.
+        Raises `RewriteError` for an unknown target or dtype, a form that there is not, or under TRITON_INTERPRET.
         """
         attend = Attend.from_json(self.attend_json)
+        reason = None if form == "whole" else reason_against_split(attend)
+        if reason is not None:
+            raise RewriteError(f"{self.name} has no form {form!r}: {reason}")
         return compile_kernel(
             self.load(),
-            self.name,
+            self.name if form == "whole" else f"{self.name}_{form}",
             attend,
             capability=capability_of(target),
             dtype=dtype,
@@ -67,19 +76,20 @@ class Kernel:
         )
 
 
-_kernels: dict[str, Kernel] = {}
+_kernels: dict[tuple[str, bool], Kernel] = {}
 
 
-def emit(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = ()) -> Kernel:
+def emit(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = (), values: bool = True) -> Kernel:
     """Write the Triton source for `attend` to the cache and let the operator use it from now on; needs no GPU.
 
-    sites: names of the attention sites that share the kernel. passes: what shaped it. Both are stated in the source.
-    Raises `RewriteError` where the operation has no Triton form or the cache folder is not the user's alone.
+    sites: names of the attention sites that share the kernel. passes: what shaped it. Both are stated in the source. values: as of a
+    `codegen.streaming.StreamingKernel`. Raises `RewriteError` where the operation has no Triton form or the cache folder is not the user's
+    alone.
     """
-    source = streaming_source(attend, sites, passes)
-    name = kernel_name(attend)
-    kernel = Kernel(name, ", ".join(sites), passes, store(name, source), source, attend.to_json())
-    _kernels[kernel.attend_json] = kernel
+    source = streaming_source(attend, sites, passes, values)
+    name = kernel_name(attend, values)
+    kernel = Kernel(name, ", ".join(sites), passes, store(name, source), source, attend.to_json(), values)
+    _kernels[kernel.attend_json, values] = kernel
     return kernel
 
 
@@ -93,6 +103,6 @@ def has_triton_form(attend: Attend) -> str | None:
     return None
 
 
-def kernel_for(attend_json: str) -> Kernel:
+def kernel_for(attend_json: str, values: bool = True) -> Kernel:
     """The kernel last emitted for the operation; one without sites where none was (a graph that came from another process)."""
-    return _kernels.get(attend_json) or emit(Attend.from_json(attend_json))
+    return _kernels.get((attend_json, values)) or emit(Attend.from_json(attend_json), values=values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from codegen.block_list import block_list
-from codegen.split_keys import join, partial_results, pieces_for
+from codegen.split_keys import list_owners, partial_results, units_for
 from codegen.tile_list import tile_list
 from codegen.tiles import Tile, power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
@@ -17,12 +17,12 @@ __all__ = [
     "capability",
     "check_launch",
     "dot_precision",
-    "join",
+    "list_owners",
     "partial_results",
-    "pieces_for",
     "power_of_two",
     "tile_for",
     "tile_list",
+    "units_for",
 ]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,13 +50,16 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if allowed else "ieee"
 
 
-def check_launch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+def check_launch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None = None) -> None:
     """Raise `RewriteError` for operands a kernel cannot take: a dtype it has no arithmetic for, or head vectors that lie scattered."""
-    if query.dtype not in _DTYPES or not query.dtype == key.dtype == value.dtype:
+    given = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    dtypes = [operand.dtype for operand in given.values()]
+    if query.dtype not in _DTYPES or len(set(dtypes)) > 1:
+        *others, last = given
         raise RewriteError(
-            f"an attention kernel takes query, key and value of one dtype out of float32, float16 and bfloat16, "
-            f"not {query.dtype}, {key.dtype} and {value.dtype}; cast them first"
+            f"an attention kernel takes {', '.join(others)} and {last} of one dtype out of float32, float16 and bfloat16, "
+            f"not {', '.join(map(str, dtypes[:-1]))} and {dtypes[-1]}; cast them first"
         )
-    for name, operand in (("query", query), ("key", key), ("value", value)):
+    for name, operand in given.items():
         if operand.shape[-1] != 1 and operand.stride(-1) != 1:
             raise RewriteError(f"the last axis of {name} must be contiguous for an attention kernel; call .contiguous() on it")

@@ -15,6 +15,8 @@ _SKELETON_NAMES = """
     d_out d_lse d_query d_key d_value row_delta row_share wanted tiles sums delta counted d_sink d_dot d_score d_weight d_normalised
     d_out_rows d_query_rows d_key_rows d_value_rows d_lse_rows lse_rows d_out_tile out_tile d_query_tile d_key_tile d_value_tile
     query_head key_head value_head d_out_head hk row keys turn heads turn_b turn_h TURNS_B TURNS_H member inside cells shared
+    unit units low high first_tile last_tile first_unit last_unit key_blocks origin run owners longest total row_parts parts facts
+    own part part_tile part_row_max part_row_sum part_scale list_owners partial_results units_for
     capability offset of_group again change GradientSums backward_tiles transposed_block_list torch READ_AT
     tile_list transposed_tile_list LISTED_MASK own_starts per_b per_h
     states sums state chunk chunks base place before decay seen feature entries own state_head state_place state_heads key_heads part size

@@ -1,58 +1,79 @@
-"""Keys cut into equal pieces, so that a few queries keep a whole device busy.
+"""How the keys of a few tiles of queries are shared out, so that a device is busy whatever there is to decode.
 
-Sanovar et al. 2024, "LeanAttention", and flash decoding: each program walks over one piece of the keys of its tile, and the associative
-rule of the online softmax puts the partial results together,
+Sanovar et al. 2024, "LeanAttention" (after the stream-K products of Osama et al. 2023): the key blocks of all tiles, laid end to end, form
+one run, and each program walks over an equal share of it. A share may begin within one tile and end within another; what a program knows of
+a tile is a partial maximum, sum and accumulator, and the associative rule of the online softmax joins those in the order of the run:
 
-    lse = log(sum_p exp(lse_p)),    out = sum_p exp(lse_p - lse) out_p.
+    m = max_p m_p,    l = sum_p exp(m_p - m) l_p,    a = sum_p exp(m_p - m) a_p.
 
-LeanAttention cuts the blocks of all tiles into one equal run for each multiprocessor, across tiles; here every tile is cut into the same
-number of pieces, which is as even wherever tiles have equally many keys.
+Neighbours in the run differ in their program or in their tile, so that (program + tile) counts them: that is where a partial result lies,
+and neither a table nor an atomic is needed. Shares follow from sizes alone; where a list says which blocks a tile visits, from its length.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
+from codegen.block_list import block_list
+from codegen.group_walks import shared_weights
 from rewrite.ir.operations import Attend
 
-# Fewer blocks of keys than this are not worth a program and a partial result of their own.
+# A partial result, written and read again in float32, moves about as many bytes as this many blocks of keys and values (128 queries, blocks
+# of 64 keys, one head dim): a program with less to do does not pay for it.
 LEAST_BLOCKS = 4
+# Tiles per multiprocessor from which they are left whole: the last of three turns is a third of the work at most, and there are as many
+# partial results as tiles.
+MOST_TURNS = 2
+# Accumulators of a program, one for each weight that groups of keys may have: with 16 queries three fit the registers.
+MOST_WEIGHTS = 3
 
 
 def reason_against_split(attend: Attend) -> str | None:
     """Why the keys of a tile stay with one program, in words, or None."""
-    if attend.normaliser != "softmax":
-        return "partial results are joined by their log-sum-exp, which only a softmax has"
-    if attend.groups is not None:
-        return "the weights of groups depend on masses that are known after all keys"
-    if attend.sink is not None:
-        return "a sink is no part of any piece"
+    weights = 1 if attend.groups is None else len(shared_weights(attend.groups))
+    if not 1 <= weights <= MOST_WEIGHTS:
+        return f"its groups have {weights} weights other than 0, and a program has accumulators for 1 to {MOST_WEIGHTS}"
     return None
 
 
+class Owners(NamedTuple):
+    """tiles: [visits] int32, the block of queries that makes each visit of a `BlockList`. longest: visits of the one that makes most."""
+
+    tiles: torch.Tensor
+    longest: int
+
+
+@lru_cache(maxsize=128)
+def list_owners(static: str, n_queries: int, n_keys: int, block: tuple[int, int], device: torch.device) -> Owners:
+    """Who makes the visits of the block list with these arguments. Cached."""
+    starts = block_list(static, n_queries, n_keys, block, torch.device("cpu")).starts
+    counts = starts[2::2] - starts[:-2:2]
+    tiles = torch.arange(len(counts), dtype=torch.int32).repeat_interleave(counts)
+    return Owners(tiles.to(device), int(counts.max()))
+
+
 @lru_cache(maxsize=16)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Of a CUDA device; 1 anywhere else."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def pieces_for(programs: int, key_blocks: int, device: torch.device) -> int:
-    """Pieces per tile of queries: as many as fill the device's multiprocessors, one where the tiles alone do."""
-    return max(1, min(_multiprocessors(device) // max(1, programs), key_blocks // LEAST_BLOCKS))
+def units_for(tiles: int, total: int, longest: int, device: torch.device) -> int:
+    """Programs that share a run of `total` key blocks, or 0 where every tile is better left whole.
+
+    tiles: blocks of queries, of all heads. longest: key blocks of the tile that has most. Left whole, tiles take turns on the
+    multiprocessors, and a turn takes as long as its longest tile.
+    """
+    processors = multiprocessors(device)
+    units = min(processors, total // LEAST_BLOCKS)
+    if units < 2 or tiles > MOST_TURNS * processors:
+        return 0
+    return units if -(-total // units) + LEAST_BLOCKS <= -(-tiles // processors) * longest else 0
 
 
-def partial_results(out: torch.Tensor, lse: torch.Tensor, pieces: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the programs write to: [pieces, B, H, Nq, Dv], [pieces, B, H, Nq], float32; for one piece the results themselves."""
-    if pieces == 1:
-        return out[None], lse[None]
-    return out.new_empty(pieces, *out.shape, dtype=torch.float32), lse.new_empty(pieces, *lse.shape)
-
-
-def join(parts: torch.Tensor, part_lse: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """Write out and lse from what `partial_results` made; a query that sees no key in any piece gets zeros and -inf."""
-    if len(parts) == 1:
-        return
-    torch.logsumexp(part_lse, 0, out=lse)
-    shares = (part_lse - lse.masked_fill(lse == -torch.inf, 0.0)).exp()
-    out.copy_((shares[..., None] * parts).sum(0))
+def partial_results(places: int, kinds: int, rows: int, *width: int, device: torch.device) -> torch.Tensor:
+    """What programs leave of rows or of accumulators: [places, kinds, rows] or [places, kinds, rows, width] float32, not initialised."""
+    return torch.empty(places, kinds, rows, *width, dtype=torch.float32, device=device)

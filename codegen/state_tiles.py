@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from codegen.contraction_order import best_chunk
-from codegen.split_keys import pieces_for
+from codegen.split_keys import LEAST_BLOCKS, multiprocessors
 from codegen.tiles import power_of_two
 from rewrite.ir.errors import RewriteError
 
@@ -68,5 +68,5 @@ def piece_of_keys(heads: int, n_keys: int, tile: StateTile, device: torch.device
     if tile.chunk is not None:
         return tile.chunk
     blocks = max(1, -(-n_keys // tile.block_k))
-    pieces = pieces_for(heads, blocks, device)
+    pieces = max(1, min(multiprocessors(device) // max(1, heads), blocks // LEAST_BLOCKS))
     return -(-blocks // pieces) * tile.block_k

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from unittest import mock
 
 import numpy as np
 import torch
@@ -55,11 +58,11 @@ def start() -> ProcessPoolExecutor:
 
 
 def run(
-    attend_json: str, operands: list[torch.Tensor], block: tuple[int, int], pieces: int | None = None
+    attend_json: str, operands: list[torch.Tensor], block: tuple[int, int], units: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse) of the kernel emitted for the operation, poisoned with NaN before the run.
 
-    operands: query, key, value and the operation's tensors. block: queries and keys per tile. pieces: programs that share a tile's keys.
+    operands: query, key, value and the operation's tensors. block: queries and keys per tile. units: programs that share the tiles' keys.
     """
     from codegen.kernel import kernel_for
     from codegen.tiles import Tile
@@ -69,9 +72,10 @@ def run(
     out, lse = output_like(query, value)
     out.fill_(torch.nan)
     lse.fill_(torch.nan)
-    kernel_for(attend_json).load().launch(
-        query, key, value, tensors, out, lse, tile=Tile(*block, 4, 1), **({"pieces": pieces} if pieces else {})
-    )
+    with _poisoned():
+        kernel_for(attend_json).load().launch(
+            query, key, value, tensors, out, lse, tile=Tile(*block, 4, 1), **({"units": units} if units else {})
+        )
     return out, lse
 
 
@@ -80,22 +84,27 @@ def run_state(attend_json: str, operands: list[torch.Tensor], block: tuple[int, 
 
     block: queries, keys and columns of a state per tile, queries per chunk.
     """
-    from unittest import mock
-
     from codegen.state_kernels import state_kernel_for
     from codegen.state_tiles import StateTile
     from codegen.torch_streaming import output_like
 
     query, key, value, *tensors = operands
     out, lse = (made.fill_(torch.nan) for made in output_like(query, value))
+    with _poisoned():
+        state_kernel_for(attend_json).load().launch(query, key, value, tensors, out, lse, tile=StateTile(*block[:3], 4, 1, block[3]))
+    return out, lse
+
+
+@contextmanager
+def _poisoned() -> Iterator[None]:
+    """What is allocated and not initialised is NaN."""
     empty = torch.empty
 
     def poisoned(*size: object, **kwargs: object) -> torch.Tensor:
         return empty(*size, **kwargs).fill_(torch.nan)  # type: ignore[call-overload, no-any-return]
 
     with mock.patch("torch.empty", poisoned):
-        state_kernel_for(attend_json).load().launch(query, key, value, tensors, out, lse, tile=StateTile(*block[:3], 4, 1, block[3]))
-    return out, lse
+        yield
 
 
 def run_backward(
@@ -112,8 +121,6 @@ def run_backward(
     gradients of out and lse; wanted: positions among the tensors. block: queries and keys per tile, of both kernels. given: out and lse as
     forward gave them, by default by the torch lowering.
     """
-    from unittest import mock
-
     from codegen.backward_kernel import backward_kernel_for
     from codegen.tiles import BackwardTiles, Tile
     from codegen.torch_streaming import attend_forward
@@ -122,14 +129,9 @@ def run_backward(
     operation = Attend.from_json(attend_json)
     query, key, value, *tensors = operands
     out, lse = given or attend_forward(operation, query, key, value, dict(zip(operation.tensors(), tensors, strict=True)))
-    empty = torch.empty
-
-    def poisoned(*size: object, **kwargs: object) -> torch.Tensor:
-        return empty(*size, **kwargs).fill_(torch.nan)  # type: ignore[call-overload, no-any-return]
-
     gradients = [torch.full(operand.shape, torch.nan, dtype=operand.dtype) for operand in (query, key, value)]
     tiles = BackwardTiles(Tile(*block, 4, 1), Tile(*block, 4, 1))
-    with mock.patch("torch.empty", poisoned):
+    with _poisoned():
         launch = backward_kernel_for(attend_json).load().launch
         return [*gradients, *launch(query, key, value, tensors, out, lse, *received, *gradients, wanted=wanted, tiles=tiles)]
 
