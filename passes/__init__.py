@@ -7,6 +7,12 @@ from passes.linearize.hedgehog import Hedgehog
 from passes.linearize.inline_attention import InlineAttention
 from passes.linearize.lightning import Lightning
 from passes.linearize.rala import Rala
+from passes.prune.cls_ensemble import ClsEnsemble
+from passes.prune.cls_prune import ClsPrune
+from passes.prune.diverse import Diverse
+from passes.prune.evit import EViT
+from passes.prune.fastv import FastV
+from passes.prune.pyramid import PyramidDrop
 from passes.prune.token_exit import TokenExit
 from passes.redistribute.calibrate import Calibrate
 from passes.redistribute.head_reinforce import HeadReinforce
@@ -27,8 +33,13 @@ __all__ = [
     "Agent",
     "AgentSd",
     "Calibrate",
+    "ClsEnsemble",
+    "ClsPrune",
     "Composite",
+    "Diverse",
+    "EViT",
     "EnhancedLinear",
+    "FastV",
     "Grid",
     "Halo",
     "HeadReinforce",
@@ -37,6 +48,7 @@ __all__ = [
     "Lightning",
     "ModalityMutual",
     "Neighborhood",
+    "PyramidDrop",
     "ReluAttention",
     "Rala",
     "Routed",

@@ -32,7 +32,7 @@ from rewrite.tokens.visual import visual_merges
 class Record:
     """What happened to one graph, for the report.
 
-    lowered: names of the sites whose body was replaced. gone: by stack, how many tokens of each row leave it.
+    lowered: names of the sites whose body was replaced. gone: by site, how many tokens of each row have left in front of it.
     merges: visual tokens join a text in this graph. ended: the break that ended it. cut: by name of a site, what it cannot know because of
     an earlier break. again: the graph was captured for another module before. embeddings: the modules that lay out tokens.
     """
@@ -46,7 +46,7 @@ class Record:
     after: GraphCost
     kernels: list[codegen.Kernel | codegen.StateKernel]
     lowered: frozenset[str] = frozenset()
-    gone: Mapping[int, int] = field(default_factory=dict)
+    gone: Mapping[str, int] = field(default_factory=dict)
     merges: bool = False
     ended: Break | None = None
     cut: Mapping[str, str] = field(default_factory=dict)
@@ -142,7 +142,7 @@ class Rewriter:
             after=graph_cost(graph, work.shapes) if changed else before,
             kernels=work.kernels,
             lowered=frozenset(work.lowered),
-            gone=work.gone,
+            gone=work.selections.gone,
             merges=bool(visual_merges(graph_module.graph)),
             ended=break_of(getattr(graph_module, "compile_subgraph_reason", None)),
             cut=cut,

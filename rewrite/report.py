@@ -15,7 +15,6 @@ from rewrite.breaks import Break
 from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritten_cost
 from rewrite.engine import Record
 from rewrite.ir.operations import Attend
-from rewrite.ir.program import Exit
 from rewrite.ir.site import Site
 from rewrite.recognise.operators import canonical
 from rewrite.recognise.sites import Found
@@ -247,14 +246,10 @@ def site_costs(entry: Found, site: Site, record: Record) -> tuple[Cost, Cost]:
     itemsize = node_itemsize(entry.region.output)
     materialised = canonical(entry.region.core) == "softmax"
     before = original_cost(entry.site, itemsize, materialised)
-    gone = sum(record.gone[exit_.stack] for exit_ in record.program.exits if _leaves_before(exit_, site, record))
+    gone = record.gone.get(site.name, 0)
     dims = {**site.dims, "Nq": site.dims["Nq"] - gone, "Nk": site.dims["Nk"] - gone}
     left = dataclasses.replace(site, dims=dims)
     return before, rewritten_cost(left, itemsize) if site.name in record.lowered else original_cost(left, itemsize, materialised)
-
-
-def _leaves_before(exit_: Exit, site: Site, record: Record) -> bool:
-    return exit_.stack == site.stack and site.layer >= exit_.layer and exit_.stack in record.gone
 
 
 def _count(number: int) -> str:

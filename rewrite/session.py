@@ -168,7 +168,7 @@ class Session:
             self.report.add(record)
             self.declined += record.program.declined
             self.embeddings += record.embeddings
-            self.gridded |= {site.name for site in record.program.sites if site.layout.grid is not None}
+            self.gridded |= {entry.site.name for entry in record.recognition.found if entry.site.layout.grid is not None}
         else:
             self._check_kept(record)
         known = {kernel.path for kernel in self.kernels}
@@ -182,7 +182,8 @@ class Session:
         Where a pass has nothing to change in this call, nothing is lost.
         """
         promised = {site.qualified_name: site.passes for site in self.report.sites}
-        astray = [site.name for site in record.program.sites if site.layout.grid is None and site.name in self.gridded]
+        found = [entry.site for entry in record.recognition.found]
+        astray = [site.name for site in found if site.layout.grid is None and site.name in self.gridded]
         if any(promised.get(name) for name in astray):
             raise ModelCallError(
                 f"{', '.join(astray)}: the grid of these tokens is not known in this call, which was captured behind the patch embedding; "

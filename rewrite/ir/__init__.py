@@ -62,8 +62,9 @@ from rewrite.ir.operations import (
     WindowSum,
 )
 from rewrite.ir.passes import CHANGES_NOTHING, PHASES, AttentionInputs, Family, Fits, Pass, parameter
-from rewrite.ir.program import Exit, Program
+from rewrite.ir.program import Program
 from rewrite.ir.registry import as_passes, available_passes, parse_pass, pass_class, register_pass
+from rewrite.ir.selection import Count, Exit, Received, Select, Spread, first_layer
 from rewrite.ir.site import Site, TokenLayout
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "B",
     "BlockChoice",
     "Body",
+    "Count",
     "DepthwiseConv",
     "DynamicConv",
     "EffectiveKeys",
@@ -114,16 +116,19 @@ __all__ = [
     "PlainOperation",
     "Pool",
     "Program",
+    "Received",
     "ReceivedSinks",
     "RegionRoutes",
     "ReinforceHeads",
     "RewriteError",
     "SharedNormaliser",
+    "Select",
     "Shortcut",
     "Sigmoid",
     "SinkGroups",
     "SparseMap",
     "Site",
+    "Spread",
     "Statistic",
     "Sum",
     "TokenLayout",
@@ -135,6 +140,7 @@ __all__ = [
     "as_passes",
     "available_passes",
     "conjuncts",
+    "first_layer",
     "is_static",
     "letters",
     "mass",

@@ -4,30 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from rewrite.ir.selection import Exit, Select, TokenOperation, first_layer
 from rewrite.ir.site import Site
 
 
 @dataclass(frozen=True)
-class Exit:
-    """Visual tokens leave the stack in front of one layer: that layer and all later ones do not see them.
-
-    stack: number of the stack. layer: the first layer without visual tokens, from 0.
-    """
-
-    stack: int
-    layer: int
-    by: str
-
-
-@dataclass(frozen=True)
 class Program:
-    """Sites in program order and token operations.
+    """Sites in program order and token operations: visual tokens that leave (exits), tokens that are chosen among (selections).
 
     touched: (site name, pass text) for every site that a pass rewrote. declined: (site name, pass text, reason).
     """
 
     sites: tuple[Site, ...]
     exits: tuple[Exit, ...] = ()
+    selections: tuple[Select, ...] = ()
     touched: tuple[tuple[str, str], ...] = field(default=())
     declined: tuple[tuple[str, str, str], ...] = field(default=())
 
@@ -42,6 +32,22 @@ class Program:
         names = {site.name for site in sites}
         left = tuple(replace(site, layout=replace(site.layout, visual=False)) if site.name in names else site for site in self.sites)
         return replace(self, sites=left, exits=(*self.exits, exit_), touched=self.touched + touched)
+
+    def with_selections(self, selections: tuple[Select, ...], sites: tuple[Site, ...]) -> Program:
+        """This program with more selections of one pass in one stack, which change the given sites or read them.
+
+        Where tokens have left, the others lie on no grid any more.
+        """
+        first = min(map(first_layer, selections))
+        names = {site.name for site in sites if site.stack == selections[0].stack and site.layer >= first}
+        thinned = tuple(replace(site, layout=replace(site.layout, grid=None)) if site.name in names else site for site in self.sites)
+        touched = tuple((site.name, selections[0].by) for site in sites)
+        return replace(self, sites=thinned, selections=self.selections + selections, touched=self.touched + touched)
+
+    def token_operations(self, stack: int | None = None) -> tuple[TokenOperation, ...]:
+        """What becomes of the tokens of a stack (of all stacks), in the order in which they meet it."""
+        named: tuple[TokenOperation, ...] = (*self.selections, *self.exits)
+        return tuple(sorted((one for one in named if stack in (None, one.stack)), key=lambda one: (one.stack, one.layer, first_layer(one))))
 
     def with_declined(self, site: Site, by: str, reason: str) -> Program:
         """This program, noting why a pass left a site alone."""

@@ -43,6 +43,7 @@ from rewrite.ir.operations import (
     VisualGroups,
 )
 from rewrite.ir.program import Program
+from rewrite.ir.selection import Exit, Spread, TokenOperation, first_layer
 from rewrite.ir.site import Site
 from rewrite.ir.site_operations import (
     depthwise_conv,
@@ -53,6 +54,7 @@ from rewrite.ir.site_operations import (
     reinforce_heads,
     sink_groups,
     sparse_map,
+    spread_out,
     visual_groups,
 )
 from rewrite.ir.statistic import Statistic
@@ -210,15 +212,19 @@ def evaluate_site(
     visual: torch.Tensor | None = None,
     cached: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The site's output [B, H, Nq, Dv] in its program: where visual tokens have left, the site computed on the kept tokens alone.
+    """The site's output [B, H, Nq, Dv] in its program: where tokens have left, the site computed on the kept ones alone.
 
-    visual [B, Nk] tells which keys are visual; the queries are the last Nq of them. Rows of tokens that have left are NaN.
+    visual [B, Nk] tells which keys are visual; the queries are the last Nq of them. Rows of tokens that have left are NaN. Raises
+    `ValueError` where they were chosen by the attention of another site.
     """
-    has_left = any(exit_.stack == site.stack and site.layer >= exit_.layer for exit_ in program.exits)
-    if not has_left:
+    before = [one for one in program.token_operations(site.stack) if site.layer >= first_layer(one)]
+    if not before:
         return evaluate(site.body, operands, cached)
     if visual is None:
         raise ValueError(f"tokens have left {site.name}; which ones are visual must be given")
+    gone = torch.zeros_like(visual)
+    for one in before:
+        gone |= _leaving(one, site, operands, visual & ~gone, visual)
     axes = {"query": "bhi", "key": "bhj", "value": "bhj", "hidden": "bi", "input": "bi", "visual": "bi"}
     for attend_ in site.body.attends():
         for name, indices in attend_.tensors().items():
@@ -227,7 +233,7 @@ def evaluate_site(
                 raise RewriteError(f"{name}[{places}] cannot be cut to the tokens that are left of {site.name}: it is read by position")
             axes[name] = letters(indices) or ""
     queries, rows = operands["query"].shape[2], []
-    for row, keep in enumerate(~visual):
+    for row, keep in enumerate(~gone):
         kept = {"i": keep[-queries:].nonzero().flatten(), "j": keep.nonzero().flatten()}
         own = dict(operands)
         for name in own.keys() & {name for name, letters_ in axes.items() if letters_}:
@@ -240,3 +246,24 @@ def evaluate_site(
         full = output.new_full((output.shape[0], queries, output.shape[2]), torch.nan)
         rows.append(full.index_copy(1, kept["i"].to(full.device), output))
     return torch.stack(rows)
+
+
+def _leaving(
+    one: TokenOperation, site: Site, operands: Mapping[str, torch.Tensor], present: torch.Tensor, every: torch.Tensor
+) -> torch.Tensor:
+    """bool [B, Nk]: which of the visual tokens `present` leave; `every`: of those there were at the start."""
+    if isinstance(one, Exit):
+        return present
+    number = one.count.number(int(present[0].sum()), int(every[0].sum()))
+    if isinstance(one.rule, Spread):
+        if site.layer != one.layer:
+            raise ValueError(f"which tokens have left {site.name} is chosen by what enters another layer")
+        places = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(present[0].sum())]
+        features = operands["hidden"].gather(1, places[..., None].expand(-1, -1, operands["hidden"].shape[-1]))
+        best = places.gather(1, spread_out(features, number))
+    elif one.rule.sites == (site.name,):
+        received = read_statistic(Statistic("received", site.attend, rows=one.rule.rows), dict(operands)).mean(1)
+        best = received.masked_fill(~present, -torch.inf).topk(number, dim=1).indices
+    else:
+        raise ValueError(f"which tokens have left {site.name} is not chosen by its own attention")
+    return present & ~torch.zeros_like(present).scatter(1, best, True)

@@ -73,6 +73,8 @@ class Site:
     dropout: attention dropout that was active when the site was traced.
     map_read: the attention map is read elsewhere in the model too.
     hides_later: a mask tensor was found to hide every later key (a causal mask that the model builds itself).
+    pictured: where the sequence holds visual tokens that are the patches of a vision tower, in order, picture by picture: the name of the
+        last attention that they went through there. None otherwise.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Site:
     dropout: float = 0.0
     map_read: bool = False
     hides_later: bool = False
+    pictured: str | None = None
 
     @property
     def attend(self) -> Attend:

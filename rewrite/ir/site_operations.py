@@ -1,4 +1,4 @@
-"""What the operations around an attention mean: pooling, groups of keys, choices of keys, each in plain torch.
+"""What the operations around an attention mean: pooling, groups of keys, choices of keys and of tokens, each in plain torch.
 
 The definition for tests and proofs, and what a rewritten graph runs: none of these is worth a kernel of its own.
 """
@@ -160,3 +160,20 @@ def sparse_map(operation: SparseMap, values: Mapping[str, torch.Tensor]) -> torc
     seen = torch.zeros_like(low_rank, dtype=torch.bool).scatter(-1, low_rank.topk(operation.keys, sorted=False).indices, True)
     seen[:, :, : operation.prefix] = True
     return seen
+
+
+def spread_out(features: torch.Tensor, kept: int) -> torch.Tensor:
+    """Indices [B, kept] of features [B, V, C] that are far from each other, by one minus the cosine (DivPrune, Alvar et al. 2025).
+
+    First the one whose nearest neighbour is farthest away, then again and again the one that is farthest from all chosen so far.
+    """
+    unit = functional.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+    distance = 1 - unit @ unit.transpose(1, 2)
+    rows = torch.arange(len(features), device=features.device)
+    apart = distance.diagonal_scatter(distance.new_full(distance.shape[:2], torch.inf), dim1=1, dim2=2)
+    chosen = [apart.amin(1).argmax(1)]
+    nearest = apart[rows, chosen[0]].index_put((rows, chosen[0]), distance.new_tensor(-torch.inf))
+    for _ in range(kept - 1):
+        chosen.append(nearest.argmax(1))
+        nearest = torch.minimum(nearest, distance[rows, chosen[-1]]).index_put((rows, chosen[-1]), distance.new_tensor(-torch.inf))
+    return torch.stack(chosen, 1)

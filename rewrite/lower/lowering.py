@@ -52,17 +52,9 @@ def lower_body(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
     given: nodes for operands that are not the region's own ("hidden", "visual", "cached_groups") and for added parameters, by IR name.
     """
     values: dict[str, fx.Node] = dict(given)
-    dtype = _tensor(region.output).dtype
     old = set(graph.nodes)
     with graph.inserting_before(region.output):
-        for name, operand in region.operands().items():
-            node = operand.node
-            for method, arguments in operand.layout.steps():
-                node = _viewed(graph, node, arguments[0]) if method == "reshape" else graph.call_method(method, (node, *arguments))  # type: ignore[arg-type]
-            # Under autocast the contraction ran in the output's type; an operand in another one is brought to it.
-            if name in ("query", "key", "value") and _tensor(operand.node).dtype != dtype:
-                node = graph.call_method("to", (node, dtype))
-            values[name] = node
+        values.update({name: _operand(graph, region, name, operand.node) for name, operand in region.operands().items()})
         for operation in site.body.operations:
             if isinstance(operation, PlainOperation):
                 _plain_operation(graph, operation, values)
@@ -73,11 +65,46 @@ def lower_body(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
             result = graph.call_method("permute", (result, region.output_order))
         if region.output_shape is not None:
             result = _viewed(graph, result, region.output_shape)
+    _trace_new(graph, old, region)
+    return result, values
+
+
+def lower_statistic(graph: fx.Graph, statistic: Statistic, region: Region, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The statistic of a region's attention, computed beside it from its queries, keys and tensors.
+
+    copies: nodes to take in the place of those that the region reads; the statistic then follows the last of them.
+    """
+    old = set(graph.nodes)
+    read = ("query", "key", *statistic.tensors())
+    values: dict[str, fx.Node] = {}
+    with graph.inserting_after(max(copies.values())) if copies else graph.inserting_before(region.output):
+        at = graph.call_function(operator.getitem, ((0,), 0))
+    with graph.inserting_before(at):
+        for name in read:
+            node = region.operands()[name].node
+            values[name] = _operand(graph, region, name, copies.get(node, node))
+        _statistic(graph, statistic, values)
+    graph.erase_node(at)
+    _trace_new(graph, old, region)
+    return values[statistic.result]
+
+
+def _operand(graph: fx.Graph, region: Region, name: str, node: fx.Node) -> fx.Node:
+    """An operand of a region, which is `node` or a copy of it, as the IR lays it out."""
+    operand, dtype = region.operands()[name], _tensor(region.output).dtype
+    traced = _tensor(operand.node).dtype
+    for method, arguments in operand.layout.steps():
+        node = _viewed(graph, node, arguments[0]) if method == "reshape" else graph.call_method(method, (node, *arguments))  # type: ignore[arg-type]
+    # Under autocast the contraction ran in the output's type; an operand in another one is brought to it.
+    return graph.call_method("to", (node, dtype)) if name in ("query", "key", "value") and traced != dtype else node
+
+
+def _trace_new(graph: fx.Graph, old: set[fx.Node], region: Region) -> None:
+    """Say of every new node where it comes from and what it would have been traced with."""
     for node in graph.nodes:
         if node not in old:
             node.meta.setdefault("nn_module_stack", region.output.meta.get("nn_module_stack"))
             _trace(node)
-    return result, values
 
 
 def _viewed(graph: fx.Graph, node: fx.Node, shape: object) -> fx.Node:

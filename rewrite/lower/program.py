@@ -1,29 +1,27 @@
-"""A program into its graph: every changed site lowered, tokens cut where they leave, and what the graph takes and gives beside.
+"""A program into its graph: every changed site lowered, streams cut where tokens leave, and what the graph takes and gives beside.
 
 What is given beside: parameters that passes add, and what is known of KV cache entries (see `rewrite.notes`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx
 
 import codegen
-from rewrite.ir.errors import ModelCallError, NotApplicableError
+from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
-from rewrite.ir.program import Exit, Program
+from rewrite.ir.program import Program
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
+from rewrite.lower.selections import Selections
 from rewrite.notes import Note
-from rewrite.recognise.operators import canonical, hinted_shape, value_of
+from rewrite.recognise.operators import canonical
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.tokens.gather import gather_tokens, kept_positions
 from rewrite.tokens.placement import Selection
 from rewrite.tokens.surgery import push_selections
 from rewrite.tokens.visual import visual_mask_node
@@ -84,8 +82,7 @@ class ProgramLowering:
         self.kernels: list[codegen.Kernel | codegen.StateKernel] = []
         self.shapes: dict[fx.Node, dict[int, int]] = {}
         self.lowered: set[str] = set()
-        self.gone: dict[int, int] = {}
-        self._kept: dict[fx.Node, int] = {}
+        self.selections = Selections(self.graph, recognition, program, self._visual)
         self.added_outputs: list[fx.Node | int] = []
         self._masks: dict[fx.Node, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
@@ -94,8 +91,8 @@ class ProgramLowering:
     def run(self) -> bool:
         changed = self.lower_sites()
         self._emit()
-        if self.program.exits or any(note.positions is not None for note in self.notes.values()):
-            self._exit()
+        if self.program.token_operations() or any(note.positions is not None for note in self.notes.values()):
+            self._drop_tokens()
             changed = True
         if self.added_outputs:
             self.output.args = ((*self.output.args[0], *self.added_outputs),)
@@ -167,10 +164,6 @@ class ProgramLowering:
         self.extras.append(extra)
         return node
 
-    def _behind_inputs(self, node: fx.Node) -> fx.Node:
-        """The node, or the last input where it is an input: from there on all inputs are there."""
-        return [other for other in self.graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node
-
     def _visual(self, entry: Found) -> fx.Node:
         """[B, N] bool: which of the new tokens are visual."""
         assert entry.stream is not None
@@ -229,28 +222,22 @@ class ProgramLowering:
 
     # Tokens
 
-    def _exit(self) -> None:
-        seeds: dict[fx.Node, dict[int, Selection]] = {}
+    def _drop_tokens(self) -> None:
+        """Cut streams where tokens leave, and push that through all that follows."""
         short: set[fx.Node] = set()
         results = list(self.output.args[0])
-        for exit_ in self.program.exits:
-            entries = [entry for entry in self.recognition.found if entry.site.stack == exit_.stack]
-            leaving = [entry for entry in entries if entry.site.layer >= exit_.layer]
-            for entry in leaving:
-                for operand in (entry.region.key, entry.region.value):
-                    short |= {results[index] for index in self._cache_outputs(operand.node)}
-            if leaving and leaving[0].merge is not None:
-                seeds.update(self._leave(leaving[0], exit_))
         noted = {self.placeholders[index] for index, note in self.notes.items() if note.positions is not None}
-        for entry in self.recognition.found:
-            if noted & set(entry.cache):
-                for operand in (entry.region.key, entry.region.value):
-                    short |= {results[index] for index in self._cache_outputs(operand.node)}
-        seeds.update(self._short_caches())
+        shortened = [*self.selections.shortened(), *(entry for entry in self.recognition.found if noted & set(entry.cache))]
+        for entry in shortened:
+            for operand in (entry.region.key, entry.region.value):
+                short |= {results[index] for index in self._cache_outputs(operand.node)}
+        self.selections.run()
+        seeds = {**self.selections.seeds, **self._short_caches()}
         if not seeds:
             return
         if short:
-            self._require_notes(self.program.exits[0].by if self.program.exits else "token_exit")
+            asked = self.program.token_operations()
+            self._require_notes(asked[0].by if asked else "token_exit")
         pushed = push_selections(self.graph, seeds, frozenset(short))
         self.shapes = {node: self._kept_sizes(axes) for node, axes in pushed.axes.items()}
         by_selection: dict[tuple[Any, Any], list[int]] = {}
@@ -264,37 +251,8 @@ class ProgramLowering:
             self.added_outputs.append(length)
 
     def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
-        return {axis: self._kept[selection.positions] for axis, selection in axes.items() if selection.positions in self._kept}
-
-    def _leave(self, entry: Found, exit_: Exit) -> dict[fx.Node, dict[int, Selection]]:
-        """Cut the residual stream in front of a layer to the tokens that stay."""
-        stream, merge = entry.stream, entry.merge
-        if stream is None or merge is None:
-            raise NotApplicableError(f"{entry.site.name}: the residual stream in front of it was not found, so no token can leave there")
-        if merge.source is None:
-            raise NotApplicableError(
-                f"{entry.site.name}: how many visual tokens there are cannot be read off the shapes at {merge.node.name}; "
-                f"{exit_.by} needs the number to be fixed"
-            )
-        mask = self._visual(entry)
-        users = [user for user in stream.users if user.op != "output"]
-        batch, tokens, _ = hinted_shape(stream)
-        features = hinted_shape(merge.source)
-        with self.graph.inserting_after(self._behind_inputs(max(stream, merge.source))):
-            kept = self.graph.call_function(tokens_kept, (stream, merge.source))
-        with self.graph.inserting_after(kept):
-            positions = self.graph.call_function(kept_positions, (mask, kept))
-        with self.graph.inserting_after(positions):
-            cut = self.graph.call_function(gather_tokens, (stream, positions, 1))
-        with self.graph.inserting_after(kept):
-            length = self.graph.call_method("size", (stream, 1))
-        cut.meta["example_value"] = value_of(stream)
-        cut.meta["nn_module_stack"] = stream.meta.get("nn_module_stack")
-        for user in users:
-            user.replace_input_with(stream, cut)
-        self.gone[exit_.stack] = math.prod(features[:-1]) // batch
-        self._kept[positions] = tokens - self.gone[exit_.stack]
-        return {cut: {1: Selection(positions=positions, length=length, kept=kept)}}
+        kept = self.selections.kept
+        return {axis: kept[selection.positions] for axis, selection in axes.items() if selection.positions in kept}
 
     def _short_caches(self) -> dict[fx.Node, dict[int, Selection]]:
         """Cache entries that earlier calls left short, as seeds."""
@@ -309,7 +267,7 @@ class ProgramLowering:
                 with self.graph.inserting_after(length):
                     kept = self.graph.call_method("size", (positions, 1))
                 shared[id(note.positions)] = Selection(positions=positions, length=length, kept=kept)
-                self._kept[positions] = note.positions.shape[1]
+                self.selections.kept[positions] = note.positions.shape[1]
             seeds[self.placeholders[index]] = {2: shared[id(note.positions)]}
         return seeds
 
@@ -322,14 +280,3 @@ def _reads(body: Body) -> set[str]:
             read.update(operation.reads().values())
         read.update(operation.tensors() if isinstance(operation, Attend) else operation.terms if isinstance(operation, Sum) else ())
     return read
-
-
-def tokens_kept(stream: torch.Tensor, features: torch.Tensor) -> int:
-    """How many tokens of each row stay when all visual ones leave: stream [B, N, C], features [..., C] of all rows together."""
-    batch, tokens, width = stream.shape
-    visual = features.numel() // width
-    if visual % batch:
-        raise ModelCallError(
-            f"{visual} visual tokens cannot be shared evenly by {batch} rows; token_exit needs the same number in every row of a batch"
-        )
-    return int(tokens - visual // batch)

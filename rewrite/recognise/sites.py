@@ -17,6 +17,7 @@ from rewrite.recognise.functional import forwarded_writes
 from rewrite.recognise.masks import hides_later
 from rewrite.recognise.open_masks import drop_open_masks
 from rewrite.recognise.operators import hinted_shape, module_path
+from rewrite.recognise.pictured import tower_of
 from rewrite.recognise.region import Region
 from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.streams import cache_entries, reaches, residual_stream, self_source
@@ -96,8 +97,10 @@ def recognise(
         name = path if taken[path] == 1 else f"{path}:{taken[path]}"
         recognition.found.append(_place(region, name, inputs, merges, stacks, layouts, has_visual_cache))
     depth = Counter(entry.site.stack for entry in recognition.found)
+    towers = {merge.node: tower_of(merge.source, [(e.site.name, e.region) for e in recognition.found], layouts) for merge in merges}
     for entry in recognition.found:
-        entry.site = replace(entry.site, depth=depth[entry.site.stack])
+        tower = towers[entry.merge.node] if entry.merge is not None else None
+        entry.site = replace(entry.site, depth=depth[entry.site.stack], pictured=tower[0] if tower else None)
     return recognition
 
 

@@ -39,7 +39,7 @@ def insert_gather_call(like: fx.Node, value: fx.Node, axis: int, positions: fx.N
 
 def insert_restore_call(like: fx.Node, value: fx.Node, axis: int, selection: Selection, place: Placement) -> fx.Node:
     """A tensor of the full length on `axis`, with the tokens of `value` in place, at the insertion point."""
-    layout = {"batch_axis": place.batch, "rows": place.rows}
+    layout = {"batch_axis": place.batch, "rows": place.rows, **({"fused": True} if selection.fused else {})}
     return insert_call(like, scatter_tokens, (value, selection.positions, axis, selection.length), layout, traced=example(value))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from torch import fx
 
 from rewrite.ir.expression import I, J, letters
-from rewrite.ir.operations import Attend
+from rewrite.ir.operations import Attend, Statistic
 from rewrite.tokens import rules
 from rewrite.tokens.placement import example, first_tensor, is_tensor, shape_of
 
@@ -205,6 +205,28 @@ def _attend(node: fx.Node) -> Flow | None:
     return Flow(found, tuple("bhne"), contracted=frozenset("m"), normalised=frozenset("m"), reduced=frozenset("d"))
 
 
+def _attention_statistic(node: fx.Node) -> Flow | None:
+    """What keys receive, or what queries give: sums over the tokens that are there.
+
+    query[b, h, n, d] key[b, g, m, d] tensors[of b h n m] lse[b, h, n] -> [b, h, m], or [b, h, n] where every query's is asked for
+    """
+    query, key, tensors, lse, text = node.args
+    statistic = Statistic.from_json(str(text))
+    labels: list[tuple[Path, Any, str]] = [(("args", 0), query, "bhnd"), (("args", 1), key, "bgmd")]
+    for place, (operand, where) in enumerate(zip(tensors, statistic.tensors().values(), strict=True)):  # type: ignore[arg-type]
+        if letters(where) is None and any({I, J} & index.free_symbols for index in where):
+            return None
+        axes = letters(where) or "xyzw"[: len(where)]
+        labels.append((("args", 2, place), operand, axes.translate(str.maketrans("ij", "nm"))))
+    if lse is not None:
+        labels.append((("args", 3), lse, "bhn"))
+    kept, summed = ("m", "n") if statistic.over == "queries" else ("n", "m")
+    if kept == "n" and statistic.rows is not None:
+        return None
+    found = tuple(Operand(path, operand, tuple(axes)) for path, operand, axes in labels)
+    return Flow(found, ("b", "h", kept), contracted=frozenset({summed}), normalised=frozenset("m"), reduced=frozenset("d"))
+
+
 def _einsum(node: fx.Node) -> Flow | None:
     """The labels are the letters; an ellipsis stands for broadcast axes, numbered from the right."""
     equation = node.args[0]
@@ -248,6 +270,7 @@ _PRODUCTS: dict[str, Callable[[fx.Node], Flow | None]] = {
     "einsum": _einsum,
     "scaled_dot_product_attention": _attention,
     "attend": _attend,
+    "attention_statistic": _attention_statistic,
     "embedding": _embedding,
     "one_hot": _embedding,
 }

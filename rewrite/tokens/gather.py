@@ -40,17 +40,24 @@ def gather_tokens(tensor: Tensor, positions: Tensor, axis: int, *, batch_axis: i
     return tensor.gather(axis, _aligned(index, tensor.dim(), axis, batch_axis).expand(shape))
 
 
-def scatter_tokens(tensor: Tensor, positions: Tensor, axis: int, length: int, *, batch_axis: int | None = 0, rows: int = 1) -> Tensor:
-    """Zeros of length `length` along `axis`, with the K tokens of `tensor` at `positions` [B, K]; the inverse of `gather_tokens`."""
+def scatter_tokens(
+    tensor: Tensor, positions: Tensor, axis: int, length: int, *, batch_axis: int | None = 0, rows: int = 1, fused: bool = False
+) -> Tensor:
+    """Zeros of length `length` along `axis`, with the K tokens of `tensor` at `positions` [B, K]; the inverse of `gather_tokens`.
+
+    fused: tokens at position `length` are none of the axis, and are left out.
+    """
     axis = axis % tensor.dim()
     shape = list(tensor.shape)
-    shape[axis] = length
+    shape[axis] = length + fused
     full = tensor.new_zeros(shape)
     if batch_axis is None:
-        return full.index_copy(axis, positions[0], tensor)
-    index = positions.repeat_interleave(rows, 0) if rows > 1 else positions
-    index = _aligned(index, tensor.dim(), axis, batch_axis % tensor.dim()).expand(tensor.shape)
-    return full.scatter(axis, index, tensor)
+        full = full.index_copy(axis, positions[0], tensor)
+    else:
+        index = positions.repeat_interleave(rows, 0) if rows > 1 else positions
+        index = _aligned(index, tensor.dim(), axis, batch_axis % tensor.dim()).expand(tensor.shape)
+        full = full.scatter(axis, index, tensor)
+    return full.narrow(axis, 0, length) if fused else full
 
 
 def join_positions(positions: Sequence[Tensor | None], lengths: Sequence[int]) -> Tensor:
@@ -75,9 +82,9 @@ def flatten_positions(positions: Tensor, length: int) -> Tensor:
 
 
 def kept_positions(visual_mask: Tensor, kept: int) -> Tensor:
-    """Positions [B, kept] (int64, ascending) of the tokens that are not visual, from `visual_mask` [B, N] bool.
+    """Positions [B, kept] (int64, ascending) of the tokens that stay, from `visual_mask` [B, N] bool: the visual ones that leave.
 
-    Every row must hold exactly N - kept visual tokens. That is checked when it runs, compiled or not.
+    Every row must hold exactly N - kept of these. That is checked when it runs, compiled or not.
 
     Raises:
         ModelCallError: a row holds another number of visual tokens; the message gives the numbers found.
@@ -94,7 +101,7 @@ def _kept_positions(visual_mask: Tensor, kept: int) -> Tensor:
     wanted = visual_mask.shape[1] - kept
     if any(count != wanted for count in counts):
         raise ModelCallError(
-            "every row of a batch must hold the same number of visual tokens for token_exit, and the number it was compiled for: "
+            "every row of a batch must hold the same number of visual tokens where these leave, and the number it was compiled for: "
             f"expected {wanted} of {visual_mask.shape[1]} tokens in each row, found {counts}; "
             "batch samples with equal numbers of image tokens together, or run them one by one"
         )

@@ -64,6 +64,12 @@ class Operands:
             refuse(
                 node, f"operand {value.name} has all tokens and no axis for the batch, whose rows kept different ones", "select after it"
             )
+        if any(selected[operand.labels[missing + axis]].fused for axis in axes):
+            refuse(
+                node,
+                f"operand {value.name} has an entry for every token of the model's own, and none for tokens that were fused",
+                "select without fusing",
+            )
         at = None if batch is None else operand.labels.index(batch)
         lift = missing if at is not None and at < missing else 0
         place = Placement(batch=at if at is None or lift else at - missing, rows=rows)
@@ -96,10 +102,12 @@ class Operands:
                 lengths.append(full_size(operand.node, operand.node, axis, self.placements))
                 kepts.append(lengths[-1])
                 key.append(shape_of(operand.node)[axis])
+        if any(selection.fused for selection in selected.values()):
+            refuse(flow.operands[0].node, "other tokens are joined with ones of which some were fused", "select without fusing")
         if tuple(key) not in self.joined:
             positions = insert_call(flow.operands[0].node, join_positions, (parts, lengths))
-            total = [combine(positions, operator.add, sizes) for sizes in (lengths, kepts)]
-            self.joined[tuple(key)] = Selection(positions, *total)
+            length, kept = (combine(positions, operator.add, sizes) for sizes in (lengths, kepts))
+            self.joined[tuple(key)] = Selection(positions, length, kept)
         return self.joined[tuple(key)]
 
     def refold(self, node: fx.Node, flow: Flow, operand: Operand, group: Group) -> tuple[Label, Selection, Label | None] | None:
@@ -112,13 +120,13 @@ class Operands:
             return None
         shape = shape_of(operand.node)
         (axis, selection), *_ = place.axes.items()
-        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1:
+        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1 and not selection.fused:
             assert place.batch is not None
             if selection.positions not in self.flat:
                 rows = full_size(operand.node, operand.node, place.batch, self.placements)
                 positions = insert_call(operand.node, flatten_positions, (selection.positions, selection.length))
-                sizes = [combine(positions, operator.mul, [rows, size]) for size in (selection.length, selection.kept)]
-                self.flat[selection.positions] = Selection(positions, *sizes)
+                length, kept = (combine(positions, operator.mul, [rows, size]) for size in (selection.length, selection.kept))
+                self.flat[selection.positions] = Selection(positions, length, kept)
                 self.folded[positions] = selection, shape[place.batch], shape[axis]
             return group.outs[0], self.flat[selection.positions], None
         if len(group.ins) == 1 and len(group.outs) == 2 and selection.positions in self.folded and flow.sizes:

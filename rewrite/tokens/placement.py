@@ -25,6 +25,7 @@ class Selection:
     positions: fx.Node  # int64 [B, K], ascending: the tokens of the axis that are left, per batch row
     length: int | fx.Node  # how many the axis had
     kept: int | fx.Node  # K
+    fused: bool = False  # some positions are `length`: tokens that were made of several, and are none of the axis
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,11 @@ PIECES: MappingProxyType[str, tuple[int, int | None]] = MappingProxyType(
 # positions matter on the last two axes
 TRIANGLES = frozenset({"tril", "triu"})
 
+# the engine's own choice of tokens: they take tensors with the tokens that are left, and give places among these
+CHOICES = frozenset({"attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread"})
+# what it cuts a stream with: the result has the tokens that were chosen
+CUTS = frozenset({"gather_tokens", "fused_tokens"})
+
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
 
 SIZES = frozenset({"size", "numel", "len", "sym_size", "sym_numel", "dim", "ndimension"})

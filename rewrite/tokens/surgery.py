@@ -39,8 +39,9 @@ def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Select
     """Carry the selections of `seeds` through `graph`, in place.
 
     A seed is a node whose tensor physically has, on the given axes, the selected tokens alone: a gather that was inserted and whose
-    users were redirected to it, or a placeholder for a cache that is shorter than traced. Axis 0 of a seed is its batch. Every node
-    keeps the example value it was traced with, so the shapes in the graph go on meaning full lengths; so do all numbers in it.
+    users were redirected to it, or a placeholder for a cache that is shorter than traced. Axis 0 of a seed is its batch. A gather from a
+    tensor that is short already is a seed with the positions that its tokens had in the full one. Every node keeps the example value it
+    was traced with, so the shapes in the graph go on meaning full lengths; so do all numbers in it.
 
     Outputs are restored to their full length, zeros at the dropped tokens, except those in `short_outputs`.
 
@@ -101,10 +102,11 @@ class _Surgery:
     def seed(self, node: fx.Node) -> Placement:
         if first_tensor(node) is None:
             refuse(node, "a selection was made on it, and it was traced without a tensor", "seed nodes with an example value")
-        if any(source in self.placements for source in node.all_input_nodes):
-            refuse(node, "a selection was made where tokens had been dropped before", "select once per axis, or compose the positions")
         shape = shape_of(node)
         axes = {axis % len(shape): selection for axis, selection in self.seeds[node].items()}
+        before = {axis for source in node.all_input_nodes if source in self.placements for axis in self.placements[source].axes}
+        if before and (rules.name_of(node) not in rules.CUTS or shape_of(node.all_input_nodes[0]) != shape or not before <= axes.keys()):
+            refuse(node, "a selection was made where tokens had been dropped before", "gather from what is left, composing the positions")
         if any(axis == 0 or shape[axis] == 1 for axis in axes):
             refuse(node, "a selection was made on the batch or on an axis of size one", "select along a token axis")
         return Placement(axes, batch=_seed_layout(node).batch)
@@ -112,6 +114,8 @@ class _Surgery:
     def visit(self, node: fx.Node) -> None:
         """One operator with a selected or restored operand: edit it, and place its result."""
         name = rules.name_of(node)
+        if name in rules.CHOICES:
+            return
         if name in rules.SIZES or (name == "getattr" and node.args[1] == "shape"):
             if self.placements.get(node.all_input_nodes[0], Placement()).axes and node.users:
                 dim = rules.argument(node, 1, "dim") if name in {"size", "sym_size"} else None

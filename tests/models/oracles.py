@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -137,7 +138,8 @@ def visual_masked_from(model: nn.Module, layer: int, visual: torch.Tensor) -> It
     def hide(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = arguments[0] if arguments else keywords["hidden_states"]
         mask = keywords.get("attention_mask")
-        cache = keywords.get("past_key_values")
+        # transformers gives a layer its cache under different names.
+        cache = next((value for value in keywords.values() if hasattr(value, "get_seq_length")), None)
         new = hidden.shape[1]
         # The layer's own cache is updated later in its forward: what it holds now are the earlier tokens.
         past = cache.layers[module.self_attn.layer_idx].get_seq_length() if cache is not None else 0
@@ -158,3 +160,55 @@ def visual_masked_from(model: nn.Module, layer: int, visual: torch.Tensor) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+Rule = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass
+class Survivors:
+    """Attention of the original model in which tokens that a rule dropped are masked out of every later one: the oracle of selections.
+
+    sites: the numbers of the stack's attentions in the first call; a call without pictures goes through these alone. before, behind: the
+    rule that drops tokens in front of a layer, or behind its attention: (weights [B, H, Nq, Nk], alive [B, Nk]) -> what is left. Keys
+    behind the first call's were generated, and are seen. seen: what each layer saw of the first call. weights: of all other sites, by
+    number.
+    """
+
+    sites: tuple[int, ...]
+    before: dict[int, Rule] = field(default_factory=dict)
+    behind: dict[int, Rule] = field(default_factory=dict)
+    alive: torch.Tensor | None = None
+    seen: dict[int, torch.Tensor] = field(default_factory=dict)
+    weights: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: torch.Tensor, number: int) -> torch.Tensor:
+        if number < self.sites[0]:
+            self.weights[number] = logits.softmax(-1)
+            return plain(query, key, value, logits, number)
+        first, layer = number <= self.sites[-1], (number - self.sites[0]) % len(self.sites)
+        if self.alive is None:
+            self.alive = torch.ones(logits.shape[0], logits.shape[-1], dtype=torch.bool)
+        if first and layer in self.before:
+            self.alive = self.before[layer](_weights(logits, self.alive), self.alive)
+        if first:
+            self.seen[layer] = self.alive
+        weights = _weights(logits, self.seen[layer])
+        if first and layer in self.behind:
+            self.alive = self.behind[layer](weights, self.alive)
+        return weights @ value
+
+
+def _weights(logits: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+    alive = functional.pad(alive, (0, logits.shape[-1] - alive.shape[1]), value=True)
+    return torch.nan_to_num(logits.masked_fill(~alive[:, None, None], -math.inf).softmax(-1))
+
+
+def best(score: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Tensor:
+    """bool [B, N]: the `count` candidates [B, N] of the greatest score [B, N] in each row, one row and one token at a time."""
+    chosen = torch.zeros_like(candidates)
+    score = score.detach()
+    for row in range(len(score)):
+        ranked = sorted((float(-score[row, at]), at) for at in candidates[row].nonzero().flatten().tolist())
+        chosen[row, [at for _, at in ranked[:count]]] = True
+    return chosen

@@ -1,0 +1,52 @@
+"""VTC-CLS: as FasterVLM, with what the CLS token looks at in several layers of the vision tower.
+
+Wang et al. 2024, "[CLS] Token Tells Everything Needed for Training-free Efficient MLLMs". Of each picture,
+
+    a_j = sum over layers l >= first of (mean over heads of the attention of CLS to patch j in layer l)
+
+up to the last layer that the features went through, and the round(keep P) greatest of P patches stay, in raster order. See `cls_prune` for
+where they leave and what positions they have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from passes.prune import choice
+from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, parameter, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class ClsEnsemble(Pass):
+    """Of each picture's patches the share `keep` enters the language model, by the attention of CLS in layers `first` and later.
+
+    Share and first layer have no published default: these are this project's. The vision tower must be as `cls_prune` says.
+    """
+
+    name = "cls_ensemble"
+    family = "prune"
+    paper = "Wang, Sun, Wang, Zhang, Lin, Xiong, Shi, Wang: [CLS] Token Tells Everything Needed (VTC-CLS), 2024 (arXiv 2412.05819)"
+    formula = "h_0 = h_0[text and topk(a)], a = sum_{l >= first} mean_h attention_l[cls, patch] of the vision tower"
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+
+    keep: int | float = parameter(0.25, "share of each picture's patches that stay, or their number; 1.0 changes nothing")
+    first: int = parameter(0, "the first layer of the vision tower whose attention counts, from 0")
+
+    def check(self) -> None:
+        self.require(choice.is_amount(self.keep), "keep", choice.AMOUNT)
+        self.require(self.first >= 0, "first", "at least 0")
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(keep=1.0)
+
+    def apply(self, program: Program) -> Program:
+        return choice.applied_by_pictures(program, self.fits, Count(self.keep), str(self), self.first)
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """Plain attention: in the vision tower no token leaves."""
+        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

@@ -1,0 +1,51 @@
+"""FasterVLM: visual tokens that the vision tower's CLS token looks at least never enter the language model.
+
+Zhang et al. 2024, "[CLS] Attention is All You Need for Training-Free Visual Token Pruning: Make VLM Inference Faster". Of each picture,
+
+    a_j = mean over heads of the attention of CLS to patch j, in the last layer of the vision tower that the features went through
+
+and the round(keep P) greatest of its P patches stay, in raster order. The authors cut the features behind the projector; here the same
+tokens leave the language model's stream in front of its first layer, so that its code finds as many features as places for them. They
+number positions anew; here tokens keep the positions they had. It does not look at the text, and no map is ever written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from passes.prune import choice
+from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, parameter, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class ClsPrune(Pass):
+    """Of each picture's patches the share `keep` enters the language model, by the attention of CLS.
+
+    The vision tower must have a CLS token, and the visual tokens must be its patches one by one: not pooled, nor joined with others.
+    """
+
+    name = "cls_prune"
+    family = "prune"
+    paper = "Zhang, Cheng, Lu, Zhuo, Wang, Zhang, Guo, Zhang: [CLS] Attention is All You Need (FasterVLM), 2024 (arXiv 2412.01818)"
+    formula = "h_0 = h_0[text and topk(a)], a = mean_h attention[cls, patch] of the vision tower"
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+
+    keep: int | float = parameter(0.25, "share of each picture's patches that stay, or their number; 1.0 changes nothing")
+
+    def check(self) -> None:
+        self.require(choice.is_amount(self.keep), "keep", choice.AMOUNT)
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(keep=1.0)
+
+    def apply(self, program: Program) -> Program:
+        return choice.applied_by_pictures(program, self.fits, Count(self.keep), str(self), None)
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """Plain attention: in the vision tower no token leaves."""
+        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

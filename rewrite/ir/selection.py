@@ -1,0 +1,93 @@
+"""Token operations: some tokens of a stream leave it at one place of its stack of layers.
+
+They say what; the engine gathers, carries positions through what follows, and puts tokens back where outputs are read. Every row of a batch
+keeps tokens of its own, equally many in every row, in the order and with the positions they had.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Place = Literal["before", "between"]
+Rounding = Literal["ceil", "floor", "round"]
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Visual tokens leave the stack in front of one layer: that layer and all later ones do not see them.
+
+    stack: number of the stack. layer: the first layer without visual tokens, from 0.
+    """
+
+    stack: int
+    layer: int
+    by: str
+
+
+@dataclass(frozen=True)
+class Received:
+    """A token's score is the attention that it receives: the mean over heads, summed over the queries `rows` and over `sites`, by name.
+
+    rows: (start, stop) as of a slice of the queries, negative from the end: (0, 1) is a leading CLS token, (-1, None) the last query. The
+    attention is that of the tokens that are there when the site runs. A site of the layer that the tokens leave in front of is read with
+    them still there: its queries and keys are computed for that. Sites of the vision tower that made the visual tokens score these as the
+    patches they were, picture by picture.
+    """
+
+    sites: tuple[str, ...]
+    rows: tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Tokens far apart from each other are kept, greedily (k-centre). The distance is one minus the cosine of their features."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many candidates are kept of those there are, one at least: a share (a float) of them, rounded, or a number (an int).
+
+    of: what a share is a share of, the candidates that are "present" at this place or "all" that the stack began with.
+    """
+
+    keep: float | int
+    rounding: Rounding = "round"
+    of: Literal["present", "all"] = "present"
+
+    def number(self, present: int, every: int) -> int:
+        """The candidates that are kept, of `present` now and `every` at the start."""
+        if isinstance(self.keep, float):
+            share = self.keep * (present if self.of == "present" else every)
+            wanted = {"ceil": math.ceil(share), "floor": math.floor(share), "round": math.floor(share + 0.5)}[self.rounding]
+        else:
+            wanted = self.keep
+        return max(1, min(wanted, present))
+
+
+@dataclass(frozen=True)
+class Select:
+    """Some tokens leave a stack, the others go on.
+
+    stack, layer: where; place: in front of the layer, or "between" its attention and its MLP, behind the attention's residual.
+    candidates: what may leave, the "patches" of a grid (tokens in front of it stay, CLS and registers) or the "visual" tokens of a text.
+    fuse: those that leave become one more token at the end, the sum of each times its score (not divided by the sum of the scores).
+    """
+
+    stack: int
+    layer: int
+    place: Place
+    candidates: Literal["patches", "visual"]
+    count: Count
+    rule: Received | Spread
+    by: str
+    fuse: bool = False
+
+
+TokenOperation = Exit | Select
+
+
+def first_layer(operation: TokenOperation) -> int:
+    """The first layer whose attention does not see every token any more."""
+    return operation.layer + (isinstance(operation, Select) and operation.place == "between")

@@ -1,0 +1,296 @@
+"""Token operations into a graph: what a choice reads, the choice, and the stream cut to the tokens that stay.
+
+What follows from a cut is the surgery's (`rewrite.tokens.surgery`), for which every cut is a seed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from rewrite.ir.errors import NotApplicableError
+from rewrite.ir.operations import Statistic
+from rewrite.ir.program import Program
+from rewrite.ir.selection import Exit, Received, Select, TokenOperation, first_layer
+from rewrite.lower.lowering import lower_statistic
+from rewrite.recognise.operators import canonical, hinted_shape, value_of
+from rewrite.recognise.sites import Found, Recognition
+from rewrite.tokens import choose, rules
+from rewrite.tokens.gather import gather_tokens, kept_positions
+from rewrite.tokens.placement import Selection
+
+Number = int | fx.Node
+
+
+@dataclass(frozen=True)
+class Left:
+    """What is left of the tokens of a stack at one place of it.
+
+    positions: of the tokens that are left, None where all are. length: how many there were; kept, visual: how many tokens, visual ones
+    among them, are left; every: how many visual ones there were. hints: kept, visual and every at the traced shapes.
+    """
+
+    positions: fx.Node | None
+    length: Number
+    kept: Number
+    visual: Number
+    every: Number
+    hints: tuple[int, int, int]
+    fused: bool = False
+
+
+class Selections:
+    """The token operations of one program, put into one graph.
+
+    Made before sites are lowered. seeds: what `push_selections` is given. kept: by node of positions, how many there are at the traced
+    shapes. gone: by name of a site, how many tokens of each row it does not see.
+    """
+
+    def __init__(self, graph: fx.Graph, recognition: Recognition, program: Program, visual: Callable[[Found], fx.Node]) -> None:
+        self.graph, self.recognition, self.program = graph, recognition, program
+        self.visual = visual
+        self.seeds: dict[fx.Node, dict[int, Selection]] = {}
+        self.kept: dict[fx.Node, int] = {}
+        self.gone: dict[str, int] = {}
+        self._cut: dict[fx.Node, fx.Node] = {}
+        self._places = {one: self._place(one) for stack in self._stacks() for one in self._operations(stack)}
+
+    def run(self) -> None:
+        """Cut every stack where tokens leave it."""
+        for stack in self._stacks():
+            left: Left | None = None
+            for one in self._operations(stack):
+                entry, stream = self._places[one]
+                left = self._leave(one, entry, stream, left or self._all(entry, stream, one))
+                whole = hinted_shape(stream)[1]
+                self.gone.update(
+                    (found.site.name, whole - left.hints[0]) for found in self._entries(stack) if found.site.layer >= first_layer(one)
+                )
+
+    def shortened(self) -> Iterable[Found]:
+        """The sites that some tokens left in front of."""
+        for stack in self._stacks():
+            first = min(map(first_layer, self._operations(stack)))
+            yield from (entry for entry in self._entries(stack) if entry.site.layer >= first)
+
+    def _stacks(self) -> list[int]:
+        named = {one.stack for one in self.program.token_operations()}
+        return sorted(stack for stack in named if self._operations(stack))
+
+    def _operations(self, stack: int) -> list[TokenOperation]:
+        """The operations of a stack; in a call without visual tokens in it (a step of decoding) none of these can leave."""
+        merged = any(entry.merge is not None for entry in self._entries(stack))
+        patches = (one for one in self.program.token_operations(stack) if isinstance(one, Select) and one.candidates == "patches")
+        return list(self.program.token_operations(stack) if merged else patches)
+
+    def _entries(self, stack: int) -> list[Found]:
+        return [entry for entry in self.recognition.found if entry.site.stack == stack]
+
+    def _place(self, one: TokenOperation) -> tuple[Found, fx.Node]:
+        """The site of the layer where tokens leave, and the residual stream there."""
+        entry = next((entry for entry in self._entries(one.stack) if entry.site.layer == one.layer), None)
+        if isinstance(one, Exit) and entry is None:
+            entry = next(entry for entry in self._entries(one.stack) if entry.site.layer >= one.layer)
+        if entry is None:
+            raise NotApplicableError(f"{one.by}: layer {one.layer} is in another graph of the call, so no token can leave there")
+        stream = entry.stream
+        if stream is not None and isinstance(one, Select) and one.place == "between":
+            stream = _behind_residual(entry, stream)
+        if stream is None:
+            raise NotApplicableError(f"{entry.site.name}: the residual stream was not found there, so no token can leave ({one.by})")
+        return entry, stream
+
+    def _all(self, entry: Found, stream: fx.Node, one: TokenOperation) -> Left:
+        """Where no token has left yet."""
+        batch, tokens, _ = hinted_shape(stream)
+        if isinstance(one, Select) and one.candidates == "patches":
+            with self.graph.inserting_after(self._behind_inputs(stream)):
+                length = self.graph.call_method("size", (stream, 1))
+            return Left(None, length, length, 0, 0, (tokens, 0, 0))
+        merge = entry.merge
+        assert merge is not None
+        if merge.source is None:
+            raise NotApplicableError(
+                f"{entry.site.name}: how many visual tokens there are cannot be read off the shapes at {merge.node.name}; "
+                f"{one.by} needs the number to be fixed"
+            )
+        with self.graph.inserting_after(self._behind_inputs(max(stream, merge.source))):
+            visual = self.graph.call_function(choose.visual_per_row, (stream, merge.source))
+        with self.graph.inserting_after(visual):
+            length = self.graph.call_method("size", (stream, 1))
+        count = math.prod(hinted_shape(merge.source)[:-1]) // batch
+        return Left(None, length, length, visual, visual, (tokens, count, count))
+
+    def _leave(self, one: TokenOperation, entry: Found, stream: fx.Node, left: Left) -> Left:
+        """Cut the residual stream to the tokens that stay."""
+        users = [user for user in stream.users if user.op != "output" and user not in _numbers(left)]
+        current = self._cut.get(stream, stream)
+        if current is not stream:
+            users = list(current.users)
+        score = None
+        if isinstance(one, Select) and isinstance(one.rule, Received):
+            score = self._score(one, one.rule, current, stream, left)
+        needed = [node for node in (current, score, *_numbers(left)) if node is not None]
+        if isinstance(one, Exit) or one.candidates == "visual":
+            needed.append(self.visual(entry))
+        at = _Cursor(self.graph, self._behind_inputs(max(needed)))
+        if isinstance(one, Select) and one.candidates == "patches":
+            after = self._patches(one, entry, left, current, score, at)
+        else:
+            after = self._visual(one, entry, left, current, score, at)
+        chosen, left = after
+        if isinstance(one, Select) and one.fuse:
+            cut = at.call(choose.fused_tokens, (current, chosen, score, entry.site.layout.prefix))
+        else:
+            cut = at.call(gather_tokens, (current, chosen, 1))
+        cut.meta["example_value"] = value_of(stream)
+        cut.meta["nn_module_stack"] = stream.meta.get("nn_module_stack")
+        for user in users:
+            user.replace_input_with(current, cut)
+        self._cut[stream] = cut
+        assert left.positions is not None
+        self.seeds.pop(current, None)
+        self.seeds[cut] = {1: Selection(left.positions, left.length, left.kept, left.fused)}
+        self.kept[left.positions] = left.hints[0]
+        return left
+
+    def _patches(self, one: Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: _Cursor) -> tuple[fx.Node, Left]:
+        """Places of the patches that stay among the tokens of `current`, and what is left then."""
+        prefix, tokens = entry.site.layout.prefix, left.hints[0]
+        present = at.combine(operator.sub, left.kept, prefix)
+        every = at.combine(operator.sub, left.length, prefix)
+        hint = one.count.number(tokens - prefix, hinted_shape(current)[1] - prefix)
+        number = at.call(choose.number_kept, (present, every, one.count.keep, one.count.rounding, one.count.of == "all"))
+        chosen = at.call(choose.chosen_patches, (score, prefix, number))
+        positions = at.call(choose.composed_positions, (left.positions, chosen, left.length, one.fuse))
+        kept = at.call_method("size", (positions, 1))
+        return chosen, Left(positions, left.length, kept, 0, 0, (prefix + hint + one.fuse, 0, 0), left.fused or one.fuse)
+
+    def _visual(
+        self, one: TokenOperation, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: _Cursor
+    ) -> tuple[fx.Node, Left]:
+        """Places of the text and of the visual tokens that stay among the tokens of `current`, and what is left then."""
+        tokens, present, every = left.hints
+        mask = self.visual(entry)
+        if left.positions is not None:
+            mask = at.call(gather_tokens, (mask, left.positions, 1))
+        number: Number
+        if isinstance(one, Exit):
+            number, hint, leaves = 0, 0, mask
+        else:
+            pictures = self._pictures(one)
+            # By picture, the count is of each picture's patches.
+            patches = 1 if pictures is None else pictures.site.dims["Nk"] - pictures.site.layout.prefix
+            of_each = (patches, patches) if pictures is not None else (left.visual, left.every)
+            number = at.call(choose.number_kept, (*of_each, one.count.keep, one.count.rounding, one.count.of == "all"))
+            hint = one.count.number(patches, patches) * present // patches if pictures is not None else one.count.number(present, every)
+            if pictures is not None:
+                number = at.combine(operator.floordiv, at.combine(operator.mul, number, left.visual), patches)
+                leaves = at.call(choose.visual_leaving_by_picture, (mask, score, pictures.site.layout.prefix, number))
+            elif score is None:
+                leaves = at.call(choose.visual_leaving_spread, (mask, current, left.visual, number))
+            else:
+                leaves = at.call(choose.visual_leaving, (mask, score, number))
+        kept = at.combine(operator.add, at.combine(operator.sub, left.kept, left.visual), number)
+        chosen = at.call(kept_positions, (leaves, kept))
+        positions = chosen if left.positions is None else at.call(choose.composed_positions, (left.positions, chosen, left.length, False))
+        return chosen, Left(positions, left.length, kept, number, left.every, (tokens - present + hint, hint, every))
+
+    def _pictures(self, one: Select) -> Found | None:
+        """The site of a vision tower that scores visual tokens as the patches they were; None where the language model's own do."""
+        read = self.recognition.by_name(one.rule.sites[0]) if isinstance(one.rule, Received) else None
+        return read if read is not None and read.site.stack != one.stack else None
+
+    # Scores
+
+    def _score(self, one: Select, rule: Received, current: fx.Node, stream: fx.Node, left: Left) -> fx.Node:
+        """[B, tokens of `current`], or [pictures, tokens of a vision tower] where that scores."""
+        received = [self._received(one, name, rule, current, stream) for name in rule.sites]
+        pictures = self._pictures(one)
+        tokens = left.kept if pictures is None else pictures.site.dims["Nk"]
+        after = [*received, *([tokens] if isinstance(tokens, fx.Node) else [])]
+        with self.graph.inserting_after(self._behind_inputs(max(after))):
+            return self.graph.call_function(choose.attention_received, (received, tokens))
+
+    def _received(self, one: Select, name: str, rule: Received, current: fx.Node, stream: fx.Node) -> fx.Node:
+        """[B, H, Nk]: what the keys of one site receive from the queries that the rule reads."""
+        entry = self.recognition.by_name(name)
+        site = next(site for site in self.program.sites if site.name == name)
+        attends = site.body.attends()
+        foreign = {*(attends[0].tensors() if attends else ())} - entry.region.operands().keys()
+        if len(site.body.operations) != 1 or not attends or foreign:
+            by = ", ".join(by for by in self.program.passes_of(site) if by != one.by)
+            raise NotApplicableError(f"{one.by} reads the attention of {name}, which {by or 'its model'} makes more than one attention of")
+        statistic = Statistic("received", attends[0], "queries", rows=rule.rows)
+        ahead = one.place == "before" and site.stack == one.stack and site.layer == one.layer
+        copied = self._ahead(entry, stream, current, one) if ahead else {}
+        return lower_statistic(self.graph, statistic, entry.region, copied)
+
+    def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Select) -> dict[fx.Node, fx.Node]:
+        """Copies, right behind the stream, of what makes a layer's queries and keys: they see the tokens that leave in front of it."""
+        operands = {name: operand.node for name, operand in entry.region.operands().items() if name != "value"}
+        needed, stack = set(operands.values()), list(operands.values())
+        while stack:
+            for previous in stack.pop().all_input_nodes:
+                if previous not in needed and previous > stream:
+                    needed.add(previous)
+                    stack.append(previous)
+        copies = {stream: current}
+        at = _Cursor(self.graph, self._behind_inputs(current))
+        for node in sorted(node for node in needed if node > stream):
+            if rules.in_place(node) or rules.name_of(node) == "setitem":
+                raise NotApplicableError(f"{one.by} reads the attention of {entry.site.name} ahead of it, and {node.name} writes there")
+            copies[node] = at.copy(node, copies)
+        return copies
+
+    def _behind_inputs(self, node: fx.Node) -> fx.Node:
+        """The node, or the last input where it is an input: from there on all inputs are there."""
+        return [other for other in self.graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node
+
+
+class _Cursor:
+    """Inserts nodes one behind the other."""
+
+    def __init__(self, graph: fx.Graph, after: fx.Node) -> None:
+        self.graph, self.last = graph, after
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> fx.Node:
+        with self.graph.inserting_after(self.last):
+            self.last = self.graph.call_function(function, arguments)
+        return self.last
+
+    def call_method(self, name: str, arguments: tuple[Any, ...]) -> fx.Node:
+        with self.graph.inserting_after(self.last):
+            self.last = self.graph.call_method(name, arguments)
+        return self.last
+
+    def copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
+        with self.graph.inserting_after(self.last):
+            self.last = self.graph.node_copy(node, lambda given: copies.get(given, given))
+        return self.last
+
+    def combine(self, function: Callable[[Any, Any], Any], first: Number, second: Number) -> Number:
+        both = isinstance(first, int) and isinstance(second, int)
+        return function(first, second) if both else self.call(function, (first, second))
+
+
+def _numbers(left: Left) -> list[fx.Node]:
+    return [number for number in (left.positions, left.length, left.kept, left.visual, left.every) if isinstance(number, fx.Node)]
+
+
+def _behind_residual(entry: Found, stream: fx.Node) -> fx.Node | None:
+    """The sum of the stream in front of a layer and what its attention made of it."""
+    made, shape = {entry.region.output}, hinted_shape(stream)
+    node = entry.region.output.next
+    while node.op != "output":
+        if made.intersection(node.all_input_nodes):
+            made.add(node)
+            if canonical(node) == "add" and stream in node.all_input_nodes and hinted_shape(node) == shape:
+                return node
+        node = node.next
+    return None

@@ -1,0 +1,88 @@
+"""Which tokens stay: scores to positions, at run time, row by row.
+
+Scores and streams have the tokens that are there when the choice is made, and places are places among these. The number that stays is fixed
+by the shapes, so nothing depends on data but the places themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rewrite.ir.errors import ModelCallError
+from rewrite.ir.selection import Count, Rounding
+from rewrite.ir.site_operations import spread_out
+from rewrite.tokens.gather import gather_tokens
+
+
+def visual_per_row(stream: Tensor, features: Tensor) -> int:
+    """How many visual tokens each row holds: stream [B, N, C], features [..., C] of all rows together."""
+    batch, _, width = stream.shape
+    visual = features.numel() // width
+    if visual % batch:
+        raise ModelCallError(
+            f"{visual} visual tokens cannot be shared evenly by {batch} rows; where tokens leave, every row of a batch must hold the same "
+            "number of them"
+        )
+    return int(visual // batch)
+
+
+def number_kept(present: int, every: int, keep: float | int, rounding: Rounding, of_all: bool) -> int:
+    """How many of `present` candidates stay; see `Count`."""
+    return Count(keep, rounding, "all" if of_all else "present").number(present, every)
+
+
+def attention_received(received: Sequence[Tensor], tokens: int) -> Tensor:
+    """[B, tokens]: what the last `tokens` keys receive, from sums [B, H, Nk] per head: the mean over heads, summed over the sites."""
+    return torch.stack([one[..., one.shape[-1] - tokens :].mean(1) for one in received]).sum(0)
+
+
+def chosen_patches(score: Tensor, prefix: int, kept: int) -> Tensor:
+    """Positions [B, prefix + kept] (int64, ascending): the first `prefix` tokens, and those behind them of the greatest `score` [B, N]."""
+    best = score[:, prefix:].topk(kept, dim=1).indices.sort(dim=1).values + prefix
+    first = torch.arange(prefix, device=score.device).expand(len(score), -1)
+    return torch.cat([first, best], 1)
+
+
+def fused_tokens(stream: Tensor, positions: Tensor, score: Tensor, prefix: int) -> Tensor:
+    """The tokens of `stream` [B, N, C] at `positions` [B, K], and behind them the sum of all others, each times its score [B, N]."""
+    if positions.shape[1] == stream.shape[1]:
+        raise ModelCallError(f"none of {stream.shape[1]} tokens leaves, so none can be fused; keep fewer or do not fuse")
+    kept = gather_tokens(stream, positions, 1)
+    weights = score.scatter(1, positions, 0.0)
+    return torch.cat([kept, (weights[:, None, :].to(stream.dtype) @ stream)], 1)
+
+
+def composed_positions(before: Tensor | None, chosen: Tensor, length: int, fused: bool) -> Tensor:
+    """Positions in the stream's full length of what was `chosen` [B, K] of the tokens at `before` [B, N]; None: every token was there.
+
+    fused: one more token follows, which is none of the stream's own: its position is `length`.
+    """
+    positions = chosen if before is None else before.gather(1, chosen)
+    return torch.cat([positions, positions.new_full((len(positions), 1), length)], 1) if fused else positions
+
+
+def visual_leaving(visual: Tensor, score: Tensor, kept: int) -> Tensor:
+    """bool [B, N]: the visual tokens that leave, all but the `kept` of the greatest `score` [B, N] in each row. visual [B, N] bool."""
+    best = score.masked_fill(~visual, -torch.inf).topk(kept, dim=1).indices
+    return visual & ~torch.zeros_like(visual).scatter(1, best, True)
+
+
+def visual_leaving_by_picture(visual: Tensor, score: Tensor, prefix: int, kept: int) -> Tensor:
+    """bool [B, N]: the visual tokens that leave, where they are the patches of pictures, in order: all but `kept` of each row.
+
+    visual [B, N] bool, score [pictures, prefix + P] of a vision tower's tokens; of each picture equally many patches stay.
+    """
+    patches = score[:, prefix:]
+    best = patches.topk(kept * len(visual) // len(patches), dim=1).indices
+    leaves = torch.ones_like(patches, dtype=torch.bool).scatter(1, best, False)
+    return torch.zeros_like(visual).masked_scatter(visual, leaves)
+
+
+def visual_leaving_spread(visual: Tensor, stream: Tensor, present: int, kept: int) -> Tensor:
+    """bool [B, N]: the visual tokens that leave; `kept` of the `present` ones in each row stay, those far apart. stream [B, N, C]."""
+    places = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :present]
+    stay = places.gather(1, spread_out(gather_tokens(stream, places, 1), kept))
+    return visual & ~torch.zeros_like(visual).scatter(1, stay, True)
