@@ -16,7 +16,7 @@ import torch
 
 from codegen.group_block import GroupBlock
 from codegen.head_mix import mix_gradients, mix_heads
-from codegen.normalise import divided, normalise, normalise_gradients
+from codegen.normalise import divided, hidden_score, normalise, normalise_gradients
 from codegen.score_block import ScoreBlock
 from codegen.tensor_reads import TensorGradients, derivative
 from rewrite.ir.expression import QK, W
@@ -35,7 +35,9 @@ class AttentionBlock:
         self.block, self.tensors = block, tensors
         self.scores = block.scores()
         sink = None if attend.sink is None else block.filled(attend.sink, self.scores[..., :1])
-        self.normalised = normalise(attend, mix_heads(attend.score_mix, self.scores, tensors), block.hidden(), sink, block.values)
+        hidden = block.hidden()
+        mixed = block.hide(mix_heads(attend.score_mix, self.scores, tensors), hidden, hidden_score(attend))
+        self.normalised = normalise(attend, mixed, hidden, sink, block.values)
         self.lse = self.normalised.lse
         self.weights = self.normalised.weights
         if attend.weight_mix is not None:
@@ -48,7 +50,7 @@ class AttentionBlock:
             self.weights = divided(self.weights, self.sum)
         self.groups = None if attend.groups is None else GroupBlock(block, attend.groups, self.weights)
         if self.groups is not None:
-            self.weights = self.weights * self.groups.per_key(self.groups.weights)
+            self.weights = self.groups.per_key(self.groups.weights).mul_(self.weights)
 
     def _seen(self, terms: torch.Tensor) -> torch.Tensor:
         hidden = self.normalised.hidden

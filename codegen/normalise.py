@@ -45,22 +45,28 @@ class Normalised:
 def normalise(
     attend: Attend, scores: torch.Tensor, hidden: torch.Tensor | None, sink: torch.Tensor | None, values: Mapping[str, Any]
 ) -> Normalised:
-    """scores [B, H, n, m], sink [B, H, n, 1] or None; values: the block's positions by name."""
+    """scores [B, H, n, m], which become the weights, with `hidden_score` where a key is hidden; sink [B, H, n, 1] or None.
+
+    values: the block's positions by name.
+    """
     if attend.normaliser == "softmax":
-        return _softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf), hidden, sink)
-    kept = scores if hidden is None else scores.masked_fill(hidden, 0.0)
+        return _softmax(scores, hidden, sink)
     if attend.normaliser == "none":
-        return Normalised(kept, kept.new_zeros(kept.shape[:3]), hidden)
-    total = kept.sum(-1, keepdim=True)
+        return Normalised(scores, scores.new_zeros(scores.shape[:3]), hidden)
+    total = scores.sum(-1, keepdim=True)
     known = {**values, "total": total}
 
     def value_of(expression: sympy.Expr) -> torch.Tensor:
         return torch.as_tensor(evaluate_expression(expression, known), dtype=total.dtype, device=total.device).expand_as(total)
 
     denominator, lse = value_of(attend.denominator), total.clamp(min=0.0).log().squeeze(-1)
-    return Normalised(
-        divided(kept, denominator), lse, hidden, total=total, denominator=denominator, slope=value_of(derivative(attend.denominator, TOTAL))
-    )
+    slope = value_of(derivative(attend.denominator, TOTAL))
+    return Normalised(scores.div_(_divisor(denominator)), lse, hidden, total=total, denominator=denominator, slope=slope)
+
+
+def hidden_score(attend: Attend) -> float:
+    """The score with which a key weighs nothing."""
+    return -torch.inf if attend.normaliser == "softmax" else 0.0
 
 
 def _softmax(scores: torch.Tensor, hidden: torch.Tensor | None, sink: torch.Tensor | None) -> Normalised:
@@ -69,7 +75,7 @@ def _softmax(scores: torch.Tensor, hidden: torch.Tensor | None, sink: torch.Tens
     peak = maximum if sink is None else torch.maximum(maximum, sink)
     peak = peak.masked_fill(peak == -torch.inf, 0.0)
     # exp2 because torch's exp, which asks MKL for every digit on the CPU, takes twice as long or more.
-    weights = (scores - peak).mul_(LOG2_E).exp2_()
+    weights = scores.sub_(peak).mul_(LOG2_E).exp2_()
     total = weights.sum(-1, keepdim=True)
     if sink is not None:
         total += (sink - peak).exp()
@@ -80,8 +86,12 @@ def _softmax(scores: torch.Tensor, hidden: torch.Tensor | None, sink: torch.Tens
 
 def divided(terms: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """terms / total, zeros where the total is zero."""
-    empty = total == 0
-    return (terms / total.masked_fill(empty, 1.0)).masked_fill_(empty, 0.0)
+    return terms / _divisor(total)
+
+
+def _divisor(total: torch.Tensor) -> torch.Tensor:
+    """What is divided by: nothing is left of a number over infinity."""
+    return total.masked_fill(total == 0, torch.inf)
 
 
 def normalise_gradients(

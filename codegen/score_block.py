@@ -75,6 +75,7 @@ class ScoreBlock:
         self.dtype = accumulation_dtype(query.dtype)
         self.attend, self.visit = attend, visit
         self._operands = query, key, tensors
+        self._linear: torch.Tensor | None = None
 
     @cached_property
     def values(self) -> dict[str, Any]:
@@ -92,8 +93,14 @@ class ScoreBlock:
         return found
 
     def read_dot(self, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Set qk from the visited rows of query and key, in the accumulation dtype."""
-        self.values["qk"] = dot(query, key)
+        """Read the visited rows of query and key, in the accumulation dtype; sets qk where the score is not linear in it."""
+        linear = linear_score(self.attend.score)
+        if linear is None:
+            self.values["qk"] = dot(query, key)
+            self._linear = None
+        else:
+            # Neither the scores nor their derivatives need qk itself, and queries are fewer than scores.
+            self._linear = dot(query * linear[0], key)
 
     def hidden(self) -> torch.Tensor | None:
         """True where the mask hides a key: broadcasts against [B, H, rows, columns]; None where it hides nothing."""
@@ -109,9 +116,22 @@ class ScoreBlock:
             hidden = unseen if hidden is None else hidden | unseen
         return hidden
 
+    def hide(self, terms: torch.Tensor, hidden: torch.Tensor | None, filling: float) -> torch.Tensor:
+        """terms [B, H, rows, columns] with `filling` where `hidden` says so, in place; the fewer columns are looked at the better."""
+        if hidden is None:
+            return terms
+        if isinstance(self.visit, Visit) and split_visits(self.attend)[1] == sympy.true:
+            partial = self.visit.partial
+            terms[..., partial].masked_fill_(hidden[..., partial], filling)
+            return terms
+        return terms.masked_fill_(hidden, filling)
+
     def scores(self) -> torch.Tensor:
-        """[B, H, rows, columns], as the expression says, hidden pairs too."""
-        return self.filled(self.attend.score, self.values["qk"])
+        """[B, H, rows, columns], as the expression says, hidden pairs too; once, and for the caller to write over."""
+        if self._linear is None:
+            return self.filled(self.attend.score, self.values["qk"])
+        _, rest = linear_score(self.attend.score) or (1.0, sympy.Integer(0))
+        return self._linear if rest == 0 else self._linear.add_(self.evaluate(rest))
 
     def filled(self, expression: sympy.Basic, like: torch.Tensor) -> torch.Tensor:
         """The expression's value, shaped and typed as `like`."""

@@ -71,13 +71,11 @@ def _read_term(statistic: Statistic, block: ScoreBlock, tensors: Tensors) -> Non
 
 
 def _attention(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit) -> AttentionBlock:
-    """The attention's weights on one visit, step by step; the term's tensors are among its block's values."""
+    """The attention's weights on one visit, step by step."""
     dtype = accumulation_dtype(query.dtype)
     block = ScoreBlock(statistic.attend, query, key, tensors, visit)
     block.read_dot(visit.queries(query, 2).to(dtype), visit.keys(key, 2).to(dtype))
-    attention = AttentionBlock(block, tensors)
-    _read_term(statistic, block, tensors)
-    return attention
+    return AttentionBlock(block, tensors)
 
 
 @lru_cache(maxsize=1024)
@@ -88,21 +86,17 @@ def uses_lse(statistic: Statistic) -> bool:
 
 def _exponentials(
     statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit, lse: torch.Tensor
-) -> ScoreBlock:
-    """The weights on one visit as `w` of its block, in one product and one exponential; rows that see no key weigh nothing."""
+) -> tuple[ScoreBlock, torch.Tensor]:
+    """A visit and its weights, in one product and one exponential; rows that see no key weigh nothing."""
     block = ScoreBlock(statistic.attend, query, key, tensors, visit)
     scale, rest = linear_score(statistic.attend.score) or (1.0, sympy.Integer(0))
     scores = dot(visit.queries(query, 2).to(block.dtype) * (LOG2_E * scale), visit.keys(key, 2).to(block.dtype))
     if rest != 0:
         scores += LOG2_E * block.evaluate(rest)
-    hidden = block.hidden()
-    if hidden is not None:
-        scores.masked_fill_(hidden, -torch.inf)
+    block.hide(scores, block.hidden(), -torch.inf)
     own = visit.queries(lse, 2)[..., None]
     scores -= LOG2_E * own.masked_fill(own == -torch.inf, torch.inf)
-    block.values["w"] = scores.exp2_()
-    _read_term(statistic, block, tensors)
-    return block
+    return block, scores.exp2_()
 
 
 def statistic_forward(
@@ -118,12 +112,15 @@ def statistic_forward(
     known = lse if exact and uses_lse(statistic) else None
     for visit, place in statistic_visits(statistic, query, key, tensors):
         if known is not None:
-            block = _exponentials(statistic, query, key, tensors, visit, known)
+            block, weights = _exponentials(statistic, query, key, tensors, visit, known)
         else:
             attention = _attention(statistic, query, key, tensors, visit)
-            block, attention.block.values["w"] = attention.block, attention.weights
-        weights = block.values["w"]
-        terms = weights if statistic.term == W else block.filled(statistic.term, weights)
+            block, weights = attention.block, attention.weights
+        terms = weights
+        if statistic.term != W:
+            _read_term(statistic, block, tensors)
+            block.values["w"] = weights
+            terms = block.filled(statistic.term, weights)
         if statistic.over == "queries":
             result[*visit.planes[:2], visit.columns] += terms.sum(2)
         else:
@@ -141,6 +138,7 @@ def statistic_gradients(
     slope = derivative(statistic.term, W)
     for visit, place in statistic_visits(statistic, query, key, tensors):
         attention = _attention(statistic, query, key, tensors, visit)
+        _read_term(statistic, attention.block, tensors)
         values, weights = attention.block.values, attention.weights
         d_terms = visit.pairs(received[:, :, None]) if statistic.over == "queries" else received[*visit.planes[:2], place][..., None]
         d_terms = d_terms.to(dtype).expand(weights.shape)

@@ -44,6 +44,7 @@ class Visit(NamedTuple):
     rows: the queries, a slice where they are consecutive, else positions [n] int64. columns: the keys that any of them sees, likewise.
     seen: which of them each query sees [rows, columns] bool, or None if every query sees all. causal: instead of `seen`, where rows and
     columns are all there are: every query sees the keys up to its own. planes: the batch rows and heads that are visited.
+    partial: the stretch of the columns, counted among them, outside of which every query sees all.
     """
 
     rows: slice | torch.Tensor
@@ -51,6 +52,7 @@ class Visit(NamedTuple):
     seen: torch.Tensor | None
     causal: bool = False
     planes: Planes = Planes()
+    partial: slice = slice(None)
 
     @property
     def n_queries(self) -> int:
@@ -156,5 +158,6 @@ def visits(static: str, n_queries: int, n_keys: int, plan: Plan, device: torch.d
         key = part.shape, part.numpy().tobytes()
         if key not in shared:
             shared[key] = part.to(device)
-        found.append(Visit(rows, columns, shared[key]))
+        some = (~part.all(0)).nonzero().flatten()
+        found.append(Visit(rows, columns, shared[key], partial=slice(int(some[0]), int(some[-1]) + 1)))
     return tuple(found)

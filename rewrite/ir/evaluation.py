@@ -112,6 +112,25 @@ def evaluate_expression(expression: sympy.Basic, values: Mapping[str, Value]) ->
 
     Integer division appears as floor(x / n) and is done in integers, so that positions stay exact.
     """
+    return _evaluate(expression, values, {})
+
+
+def evaluate_expressions(expressions: Sequence[sympy.Basic], values: Mapping[str, Value]) -> list[Value]:
+    """Several of them, what they have in common once."""
+    known: dict[sympy.Basic, Value] = {}
+    return [_evaluate(expression, values, known) for expression in expressions]
+
+
+def _evaluate(expression: sympy.Basic, values: Mapping[str, Value], known: dict[sympy.Basic, Value]) -> Value:
+    """known: what parts of the expression have come to so far."""
+    if not expression.args or isinstance(expression, sympy.Indexed):
+        return _leaf(expression, values)
+    if expression not in known:
+        known[expression] = _operation(expression, values, known)
+    return known[expression]
+
+
+def _leaf(expression: sympy.Basic, values: Mapping[str, Value]) -> Value:
     if isinstance(expression, BooleanTrue | BooleanFalse):
         return bool(expression)
     if isinstance(expression, sympy.Integer):
@@ -121,22 +140,31 @@ def evaluate_expression(expression: sympy.Basic, values: Mapping[str, Value]) ->
     if isinstance(expression, sympy.Symbol):
         return values[expression.name]
     if isinstance(expression, sympy.Indexed):
-        return values[str(expression.base.label)]
+        return values[_label(expression)]
+    raise TypeError(f"{expression} is not in the vocabulary of attention expressions")
+
+
+@functools.lru_cache(maxsize=1024)
+def _label(read: sympy.Indexed) -> str:
+    return str(read.base.label)
+
+
+def _operation(expression: sympy.Basic, values: Mapping[str, Value], known: dict[sympy.Basic, Value]) -> Value:
     if isinstance(expression, sympy.floor):
         numerator, denominator = sympy.fraction(sympy.together(expression.args[0]))
         if denominator != 1 and numerator.is_integer and denominator.is_integer:
-            return evaluate_expression(numerator, values) // evaluate_expression(denominator, values)
+            return _evaluate(numerator, values, known) // _evaluate(denominator, values, known)
     if isinstance(expression, sympy.Rel):
         expression = without_fractions(expression)
     if isinstance(expression, sympy.Piecewise):
         result: Value = None
         for piece, condition in reversed(expression.args):
-            value = evaluate_expression(piece, values)
-            holds = evaluate_expression(condition, values)
+            value = _evaluate(piece, values, known)
+            holds = _evaluate(condition, values, known)
             # A last piece without an `otherwise` covers all that is left, by the vocabulary's convention.
             result = value if result is None or holds is True else torch.where(_tensor(holds), _tensor(value), _tensor(result))
         return result
-    return _EVALUATE[type(expression).__name__](*(evaluate_expression(argument, values) for argument in expression.args))
+    return _EVALUATE[type(expression).__name__](*(_evaluate(argument, values, known) for argument in expression.args))
 
 
 def aligned(tensor: torch.Tensor, axes: str) -> torch.Tensor:

