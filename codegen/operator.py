@@ -3,8 +3,8 @@
 An operation travels through a graph as its JSON text. On CUDA the forward is the kernel emitted for that text where it has one
 (`codegen.kernel.has_triton_form`), or its state kernels where a call of these sizes is computed so (`codegen.contraction_order`,
 `codegen.state_kernels.has_triton_state`); on the CPU the torch lowering. So is the backward: on CUDA the kernels emitted for it where it
-has them (`codegen.backward_kernel.has_triton_backward`), from the output and the log-sum-exp that forward gave; the torch lowering
-elsewhere, and where it goes through the state.
+has them (`codegen.backward_kernel.has_triton_backward`), from the output and the log-sum-exp that forward gave, or state
+kernels again where it goes through the state (`codegen.state_gradients`); the torch lowering elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from codegen.contraction_order import Sizes, state_plan
 from codegen.kernel import has_triton_form
 from codegen.operands import named_operands, require_attention
 from codegen.ordered_launch import launch_attention_in_order, launch_backward_in_order
-from codegen.state_kernels import has_triton_state, state_kernel_for
+from codegen.state_kernels import has_triton_state, has_triton_state_backward, state_gradients_on_device, state_kernel_for
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
 from rewrite.ir.errors import RewriteError
@@ -117,6 +117,9 @@ def _attend_backward_cuda(
     named = _named(operation, query, key, value, tensors)
     names = tuple(list(named)[index] for index in wanted)
     by_state = state_plan(operation, Sizes.of(query, key, value)) is not None
+    if by_state and has_triton_state_backward(operation, names) is None:
+        with torch.cuda.device(query.device):
+            return state_gradients_on_device(operation, (grad_out, grad_lse), out, (query, key, value), named)
     # A grid of no programs cannot be launched.
     if by_state or has_triton_backward(operation, names) is not None or not (query.numel() and key.numel() and value.numel()):
         return attend_gradients(operation, (grad_out, grad_lse), (query, key, value), named, names)

@@ -8,6 +8,7 @@ from codegen.backward_kernel import has_triton_backward
 from codegen.contraction_order import Sizes, state_plan
 from codegen.kernel import has_triton_form
 from codegen.received_kernel import exchanged, has_triton_statistic
+from codegen.state_kernels import has_triton_state_backward
 from rewrite.ir.operations import Attend, Operation
 from rewrite.ir.statistic import Statistic
 
@@ -26,7 +27,7 @@ def kernel_attention(operation: Operation) -> Attend | None:
 def reason_without_backward(attend: Attend, sizes: Mapping[str, int]) -> str | None:
     """Why the gradients of an attention of these sizes (B, H, Hkv, Nq, Nk, D, Dv) are found in torch operators, in words, or None."""
     if state_plan(attend, Sizes.named(sizes)) is not None:
-        return "kernels that carry a state give the result, not its gradients"
+        return has_triton_state_backward(attend)
     return has_triton_backward(attend)
 
 

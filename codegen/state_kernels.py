@@ -10,9 +10,12 @@ from types import ModuleType
 
 import torch
 
+from codegen.backward_block import reached
 from codegen.cache import load, store
 from codegen.compilation import CompiledKernel, capability_of, compile_state
 from codegen.state_file import state_name, state_source
+from codegen.state_gradients import gradient_forms, gradients_through_state
+from codegen.state_tiles import StateTile
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.operations import Attend
 
@@ -90,3 +93,45 @@ def has_triton_state(attend: Attend) -> str | None:
 def state_kernel_for(attend_json: str) -> StateKernel:
     """The kernels last emitted for the operation; such without sites where none were (a graph that came from another process)."""
     return _kernels.get(attend_json) or emit_state(Attend.from_json(attend_json))
+
+
+@lru_cache(maxsize=1024)
+def has_triton_state_backward(attend: Attend, wanted: tuple[str, ...] | None = None) -> str | None:
+    """None where kernels that carry a state give the gradients of the operation, else why not, in words.
+
+    wanted: names of the tensors whose gradients are asked for, query, key and value aside; by default every one that arithmetic reads.
+    """
+    names = [name for name in attend.tensors() if reached(attend, name)] if wanted is None else list(wanted)
+    if names:
+        return f"kernels that carry a state do not give the gradient of {', '.join(names)}"
+    forms = gradient_forms(attend)
+    if isinstance(forms, str):
+        return forms
+    return next((reason for each in forms.every if (reason := has_triton_state(each)) is not None), None)
+
+
+def state_gradients_on_device(
+    attend: Attend,
+    received: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tensors: Mapping[str, torch.Tensor],
+    tile: StateTile | None = None,
+) -> list[torch.Tensor]:
+    """Gradients of query, key and value by kernels that carry a state, of an operation that has them (`has_triton_state_backward`).
+
+    received: the gradients of out and lse. tile: by default the one for the head dim.
+    """
+    forms = gradient_forms(attend)
+    assert not isinstance(forms, str)
+
+    def compute(each: Attend, given: tuple[torch.Tensor, torch.Tensor, torch.Tensor], named: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        query, key, value = (operand if operand.stride(-1) == 1 else operand.contiguous() for operand in given)
+        # In float32: heads that share keys are summed yet, and what a sum is divided by is no place for roundings.
+        result = torch.empty(*query.shape[:3], value.shape[3], dtype=torch.float32, device=query.device)
+        lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        launch = state_kernel_for(each.to_json()).load().launch
+        launch(query, key, value, [named[name] for name in each.tensors()], result, lse, tile=tile)
+        return result
+
+    return gradients_through_state(attend, forms, received, out, operands, tensors, compute)

@@ -107,6 +107,36 @@ def _poisoned() -> Iterator[None]:
         yield
 
 
+def run_state_backward(
+    attend_json: str,
+    operands: list[torch.Tensor],
+    received: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    block: tuple[int, int, int, int],
+) -> list[torch.Tensor]:
+    """The gradients of query, key and value by kernels that carry a state; everything they write is poisoned with NaN before.
+
+    received: out and the gradients of out and lse. block: as for `run_state`.
+    """
+    from unittest import mock
+
+    from codegen.state_kernels import state_gradients_on_device
+    from codegen.state_tiles import StateTile
+    from rewrite.ir import Attend
+
+    operation = Attend.from_json(attend_json)
+    query, key, value, *tensors = operands
+    empty = torch.empty
+
+    def poisoned(*size: object, **kwargs: object) -> torch.Tensor:
+        return empty(*size, **kwargs).fill_(torch.nan)  # type: ignore[call-overload, no-any-return]
+
+    with mock.patch("torch.empty", poisoned):
+        return state_gradients_on_device(
+            operation, received[1:], received[0], (query, key, value), dict(zip(operation.tensors(), tensors, strict=True)),
+            StateTile(*block[:3], 4, 1, block[3]),
+        )  # fmt: skip
+
+
 def run_backward(
     attend_json: str,
     operands: list[torch.Tensor],

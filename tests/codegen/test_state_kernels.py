@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from linear_forms import CAUSAL, FORMS, NORMALISED, lightning, linear_operands
 
+from codegen.state_gradients import GradientForms, gradient_forms
 from codegen.state_kernels import emit_state, has_triton_state
 from rewrite.ir import QK, Attend, RewriteError, tensor
-from rewrite.ir.semantics import attention_weights
+from rewrite.ir.semantics import attend, attention_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 KERNELS = [name for name, (operation, _) in FORMS.items() if has_triton_state(operation) is None]
@@ -72,6 +73,28 @@ def state_budget(operation: Attend, values: dict[str, torch.Tensor], dtype: torc
     return (relative * weights + weight_error(operation, values)) @ value + smallest * value.sum(2, keepdim=True)
 
 
+@pytest.mark.parametrize(
+    ("form", "dtype", "lengths"),
+    [("lightning", torch.float32, (49, 49)), ("hedgehog, causal", torch.bfloat16, (37, 70)), ("l2vit", torch.float16, (33, 40))],
+)
+def test_gradients(interpreter: ProcessPoolExecutor, form: str, dtype: torch.dtype, lengths: tuple[int, int]) -> None:
+    """Of query, key and value, over several chunks, heads that share keys."""
+    operation = FORMS[form][0]
+    values = linear_operands(operation, Shape(1, 4, 2, *lengths, 16, 24), dtype)
+    doubled = {name: value.double() if value.is_floating_point() else value for name, value in values.items()}
+    leaves = [doubled[name].requires_grad_() for name in ("query", "key", "value")]
+    out = attend(operation, doubled)
+    received = torch.randn(out.shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    wanted = torch.autograd.grad(out, leaves, received.double())
+    operands = [values[name] for name in ("query", "key", "value", *operation.tensors())]
+    given_ = out.detach().to(dtype), received, torch.zeros(out.shape[:3])
+    found = interpreter.submit(interpreted.run_state_backward, operation.to_json(), operands, given_, (16, 16, 16, 32)).result()
+    for left, right in zip(found, wanted, strict=True):
+        assert left.dtype == dtype
+        # Products of what was rounded to the dtype, each sum over a few tens of them.
+        assert (left.double() - right).abs().max() <= (8 * torch.finfo(dtype).eps + 1e-4) * float(right.abs().max())
+
+
 def test_a_state_outgrows_float16(interpreter: ProcessPoolExecutor) -> None:
     """Sums of keys times values that float16 cannot hold, under weights that bring them back."""
     operation = FORMS["rala"][0]
@@ -84,6 +107,13 @@ def test_a_state_outgrows_float16(interpreter: ProcessPoolExecutor) -> None:
     assert ((out.double() - expected(operation, values)).abs() <= state_budget(operation, values, torch.float16)).all()
 
 
+def backward_of(operation: Attend) -> tuple[Attend, Attend]:
+    """Of the gradients' attentions the two with most to hold."""
+    forms = gradient_forms(operation)
+    assert isinstance(forms, GradientForms)
+    return forms.of_query, forms.of_key
+
+
 @pytest.mark.parametrize(
     ("operation", "target", "head_dim"),
     [
@@ -92,6 +122,7 @@ def test_a_state_outgrows_float16(interpreter: ProcessPoolExecutor) -> None:
         (lightning(), "sm_80", 128),
         (lightning(), "sm_90", 64),
         (FORMS["gated, causal"][0], "sm_80", 64),
+        *((each, "sm_90", 128) for each in backward_of(FORMS["hedgehog, causal"][0])),
     ],
 )
 def test_nothing_spills(operation: Attend, target: str, head_dim: int) -> None:
