@@ -117,7 +117,7 @@ def _launch(kernel: StreamingKernel, split: SplitKernel) -> list[str]:
         f"    tile = tile or tile_for(D, {width}, query.element_size(), capability(query.device), n_queries=Nq{gathered})",
         "    tiles = triton.cdiv(Nq, tile.block_q) * B * H",
         *(split.launch() if split.possible else []),
-        *kernel.listed.made("tile", kernel.reads),
+        *kernel.listed.made("tile", kernel.reads, values=kernel.values),
         f"    {kernel.name}[(tiles,)](",
         f"        {', '.join([*operands, *results, *kernel.listed.operands, *ids.values()])},",
         f"        {', '.join(f'*{operand}.stride()[:3]' for operand in [*operands, *results])},",

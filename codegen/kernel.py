@@ -94,10 +94,10 @@ def emit(attend: Attend, sites: tuple[str, ...] = (), passes: tuple[str, ...] = 
 
 
 @lru_cache(maxsize=1024)
-def has_triton_form(attend: Attend) -> str | None:
+def has_triton_form(attend: Attend, values: bool = True) -> str | None:
     """None where a kernel can be emitted for the operation, else why not, in words: the torch lowering serves it on every device."""
     try:
-        streaming_source(attend)
+        streaming_source(attend, values=values)
     except RewriteError as error:
         return str(error)
     return None

@@ -43,10 +43,8 @@ class Exchanged:
     turned: Mapping[str, tuple[int, int]]
 
 
-def has_triton_statistic(statistic: Statistic) -> str | None:
-    """None where an attention kernel computes the statistic, else why not, in words: torch operators do, on every device."""
-    if statistic.over == "keys":
-        return "it is summed over keys"
+def reason_against_exchange(statistic: Statistic) -> str | None:
+    """Why a statistic over queries has no kernel, in words, or None."""
     if not uses_lse(statistic):
         return "its weights are not the exponentials of scores that are linear in qk"
     weight = statistic.term / W
@@ -92,7 +90,7 @@ def _rows(statistic: Statistic) -> Boolean:
 def received(
     statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor], lse: torch.Tensor
 ) -> torch.Tensor:
-    """[B, H, Nk] float32, of a statistic that `has_triton_statistic`; lse [B, H, Nq] is the attention's own."""
+    """[B, H, Nk] float32, of a statistic that `reason_against_exchange` has nothing against; lse [B, H, Nq] is the attention's own."""
     made = exchanged(statistic)
     batch, heads, n_queries, _ = query.shape
     # A query that sees no key gives nothing.

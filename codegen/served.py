@@ -6,20 +6,27 @@ from collections.abc import Mapping
 
 from codegen.backward_kernel import has_triton_backward
 from codegen.contraction_order import Sizes, state_plan
+from codegen.given_kernel import summed
 from codegen.kernel import has_triton_form
-from codegen.received_kernel import exchanged, has_triton_statistic
+from codegen.received_kernel import exchanged
 from codegen.state_kernels import has_triton_state_backward
+from codegen.statistic_kernels import has_triton_statistic
 from rewrite.ir.operations import Attend, Operation
 from rewrite.ir.statistic import Statistic
 
 
-def kernel_attention(operation: Operation) -> Attend | None:
-    """The attention whose emitted kernel computes the operation, or None where torch operators do."""
+def kernel_attention(operation: Operation) -> tuple[Attend, bool] | None:
+    """The attention whose emitted kernel computes the operation, and whether it has values (`codegen.streaming.StreamingKernel`).
+
+    None where torch operators compute it.
+    """
     match operation:
         case Attend():
-            return operation if has_triton_form(operation) is None else None
+            return (operation, True) if has_triton_form(operation) is None else None
         case Statistic():
-            return exchanged(operation).attend if has_triton_statistic(operation) is None else None
+            if has_triton_statistic(operation) is not None:
+                return None
+            return (summed(operation), False) if operation.over == "keys" else (exchanged(operation).attend, True)
         case _:
             return None
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from codegen.operands import named_operands, require_attention
-from codegen.operator import attend_op
-from codegen.received_kernel import has_triton_statistic, received
+from codegen.statistic_kernels import has_triton_statistic, statistic_by_kernel
 from codegen.tensor_reads import accumulation_dtype
 from codegen.torch_statistics import result_shape, statistic_forward, statistic_gradients
 from rewrite.ir.errors import RewriteError
@@ -39,12 +38,11 @@ def _statistic_cuda(
     operation = Statistic.from_json(statistic)
     require_attention(query, key, key)
     named = named_operands(operation.tensors(), operation.attend.mixes, (query, key), tensors)
-    if has_triton_statistic(operation) is not None or query.dtype == torch.float64:
+    # A grid of no programs cannot be launched.
+    if has_triton_statistic(operation) is not None or query.dtype == torch.float64 or not (query.numel() and key.numel()):
         return statistic_forward(operation, query, key, named, lse)
-    if lse is None:
-        lse = attend_op(query, key, key, [named[name] for name in operation.attend.tensors()], operation.attend.to_json())[1]
     with torch.cuda.device(query.device):
-        return received(operation, query, key, named, lse)
+        return statistic_by_kernel(operation, query, key, named, lse)
 
 
 @statistic_op.register_fake

@@ -65,12 +65,13 @@ class WalkedList:
             return []
         return [f"{'transposed_' if transposed else ''}{'tile' if self.by_tile else 'block'}_list"]
 
-    def made(self, tile: str, reads: KernelReads, transposed: bool = False) -> list[str]:
-        """The line of a launch that makes it for a tile."""
+    def made(self, tile: str, reads: KernelReads, transposed: bool = False, values: bool = True) -> list[str]:
+        """The line of a launch that makes it for a tile. values: whether the launch has any."""
         if not self:
             return []
         (maker,), block = self.maker(transposed), f"({tile}.block_q, {tile}.block_k)"
         if not self.by_tile:
             return [f"    starts, blocks = {maker}(STATIC_MASK, Nq, Nk, {block}, query.device)"]
+        operands = f"(query, key, {'value' if values else 'key'})"
         named = ", ".join(f"{name!r}: {reads.ids[name]}" for name in tensors_in(split_tiles(self.attend).by_tile))
-        return [f"    starts, blocks, per_b, per_h = {maker}(LISTED_MASK, {{{named}}}, (query, key, value), {block})"]
+        return [f"    starts, blocks, per_b, per_h = {maker}(LISTED_MASK, {{{named}}}, {operands}, {block})"]

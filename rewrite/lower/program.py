@@ -208,16 +208,16 @@ class ProgramLowering:
 
     def _emit(self) -> None:
         """One kernel per distinct attention of the rewritten sites, statistics among them; those with a state have kernels for it too."""
-        members: dict[str, list[tuple[str, Any]]] = {}
+        members: dict[tuple[str, bool], list[tuple[str, Any]]] = {}
         sites = {site.name: site for _, site in self._changed()}
         for name, site in sites.items():
-            for attend in filter(None, map(codegen.kernel_attention, site.body.operations)):
-                members.setdefault(attend.to_json(), []).append((name, attend))
-        for entries in members.values():
+            for attend, values in filter(None, map(codegen.kernel_attention, site.body.operations)):
+                members.setdefault((attend.to_json(), values), []).append((name, attend))
+        for (_, values), entries in members.items():
             names = tuple(dict.fromkeys(name for name, _ in entries))
             passes = tuple(dict.fromkeys(by for name in names for by in self.program.passes_of(sites[name])))
-            self.kernels.append(codegen.emit(entries[0][1], names, passes))
-            if codegen.has_triton_state(entries[0][1]) is None:
+            self.kernels.append(codegen.emit(entries[0][1], names, passes, values))
+            if values and codegen.has_triton_state(entries[0][1]) is None:
                 self.kernels.append(codegen.emit_state(entries[0][1], names, passes))
 
     # Tokens

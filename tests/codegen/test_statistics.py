@@ -19,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codegen import statistic
+from codegen import emit, statistic
+from codegen.given_kernel import summed
+from codegen.kernel import Form
 from codegen.operator import attend_op
-from codegen.received_kernel import has_triton_statistic
+from codegen.received_kernel import LSE
+from codegen.statistic_kernels import has_triton_statistic
 from codegen.torch_statistics import statistic_forward, statistic_visits, uses_lse
 from rewrite.ir import Attend, I, J, RewriteError, W, tensor
 from rewrite.ir.semantics import read_statistic
@@ -49,6 +52,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "first row": {"rows": (0, 1)},
     "last row": {"rows": (-1, None)},
     "some rows": {"rows": (5, 30)},
+    "text to visual": {"term": W * tensor("chosen", "bi") * tensor("chosen_keys", "bj")},
     "mass": {"over": "keys", "term": W * tensor("chosen_keys", "bj")},
     "entropy": {"over": "keys", "term": ENTROPY},
     "entropy of some": {"over": "keys", "term": ENTROPY, "rows": (3, 20)},
@@ -139,7 +143,7 @@ def test_received_by_the_kernel(interpreter: ProcessPoolExecutor, form: str, ter
     made = replace(made, **BY_KERNEL[term])
     assert has_triton_statistic(made) is None
     given = [values[name] for name in ("query", "key", *made.tensors())]
-    found = interpreter.submit(interpreted.run_received, made.to_json(), given, lse_of(made, values)).result()
+    found = interpreter.submit(interpreted.run_statistic, made.to_json(), given, lse_of(made, values)).result()
     wanted = read_statistic(made, in_double(values))
     assert not found.isnan().any()
     # Two log-sum-exps, each off as the scores are.
@@ -147,11 +151,43 @@ def test_received_by_the_kernel(interpreter: ProcessPoolExecutor, form: str, ter
     assert ((found - wanted).abs() <= 4 * score_error(made.attend, values) * counted + torch.finfo(torch.float32).tiny).all()
 
 
-@pytest.mark.parametrize("form", ["softcap", "grouped", "rectified", "gated", "talking heads"])
+BY_SUMS = [
+    ("plain", "mass"), ("biased", "entropy"), ("causal", "entropy of some"), ("masked", "mass"), ("empty rows", "entropy"),
+    ("sinks", "mass"), ("softcap", "entropy"), ("gated", "mass"), ("causal", "mass of the last row"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "term"), BY_SUMS)
+@pytest.mark.parametrize("n_queries", [1, 37])
+def test_given_by_the_kernel(interpreter: ProcessPoolExecutor, form: str, term: str, n_queries: int) -> None:
+    """Sums over keys, the log-sum-exp handed over or found; of one query, the blocks of keys shared out as in decoding."""
+    made, values = example(form, term.removesuffix(" of the last row"), torch.float32, Shape(1, 4, 2, n_queries, 53))
+    made = replace(made, rows=(-1, None)) if term.endswith("last row") else made
+    assert has_triton_statistic(made) is None
+    given = [values[name] for name in ("query", "key", *made.tensors())]
+    lse = None if n_queries == 1 else lse_of(made, values)
+    found = interpreter.submit(interpreted.run_statistic, made.to_json(), given, lse, 3 if n_queries == 1 else 0).result()
+    wanted = read_statistic(made, in_double(values))
+    assert found.shape == wanted.shape
+    assert not found.isnan().any()
+    # The log-sum-exp and the score are off; a logarithm of a weight is off as these are.
+    terms = sympy.Abs(made.term) + 2 * sympy.Abs(W) if "entropy" in term else sympy.Abs(made.term)
+    counted = read_statistic(replace(made, term=terms), in_double(values))
+    assert ((found - wanted).abs() <= 4 * score_error(made.attend, values) * counted + torch.finfo(torch.float32).tiny).all()
+
+
+@pytest.mark.parametrize("form", ["grouped", "rectified", "talking heads"])
 def test_what_no_kernel_gives_is_said(form: str) -> None:
     assert has_triton_statistic(Statistic("result", FORMS[form])) == "its weights are not the exponentials of scores that are linear in qk"
-    assert has_triton_statistic(Statistic("result", forms.plain(), "keys")) == "it is summed over keys"
+    assert "not expressions in a score" in str(has_triton_statistic(Statistic("result", FORMS[form], "keys")))
     assert "not w times a weight" in str(has_triton_statistic(Statistic("result", forms.plain(), term=W**2)))
+    assert "the mask hides" in str(has_triton_statistic(Statistic("result", forms.causal(), "keys", term=W + 1)))
+
+
+@pytest.mark.parametrize("form", ["whole", "split"])
+def test_sums_over_keys_compile_without_spills(form: Form) -> None:
+    kernel = emit(summed(Statistic("result", forms.biased("hij"), "keys", ENTROPY)), values=False)
+    assert kernel.compile("sm_80", torch.bfloat16, 128, tensor_dtypes={LSE: torch.float32}, form=form).spills == 0
 
 
 sizes = st.integers(1, 40)
@@ -188,7 +224,7 @@ class Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("term", ["received", "mass", "last row"])
+@pytest.mark.parametrize("term", ["received", "mass", "last row", "entropy"])
 def test_memory_is_linear_in_tokens(term: str) -> None:
     """Four times the tokens: a map would be sixteen times as large."""
     largest = []
