@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +45,9 @@ _LIMITS: dict[str, Any] = {
 CAPTURE_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode)
 
 _NUMBERS = itertools.count()
+
+# What the ways in add to the calls of a model that is modules all the way down.
+TIMES_DEEPER = 4
 
 
 class _Active(threading.local):
@@ -151,7 +155,7 @@ class Runner:
         replaced = list(_put_stand_ins(session.notes, call, (arguments, keywords)))
         ACTIVE.call = call
         try:
-            with torch._dynamo.config.patch({**session.settings, **_LIMITS}), observers_aside() as modes:
+            with torch._dynamo.config.patch({**session.settings, **_LIMITS}), _room_for_frames(), observers_aside() as modes:
                 call.modes = modes
                 result = self.compiled(*arguments, **keywords)
         except torch._dynamo.exc.BackendCompilerFailed:
@@ -171,6 +175,17 @@ class Runner:
         if call.produced:
             session.notes.write((arguments, keywords, result), call.produced)
         return result
+
+
+@contextlib.contextmanager
+def _room_for_frames() -> Iterator[None]:
+    """Dynamo traces a call within a call by some ten frames of its own, and a level of modules with a way in is seven calls and not two."""
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(TIMES_DEEPER * limit)
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _own_function(module: nn.Module, method: str | None) -> Callable[..., Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -126,3 +127,26 @@ def test_a_language_model_that_generate_calls_directly() -> None:
             expected = model.generate(**inputs, max_new_tokens=6, do_sample=False, **options)
         assert torch.equal(twin.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
         assert not torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False, **options), expected)
+
+
+class Nested(nn.Module):
+    """An attention, and around it modules that each hold it and one more: as many ways in as there are levels."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.inner = Nested(levels - 1) if levels > 1 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x if self.inner is None else self.inner(x)
+
+
+def test_ways_in_many_levels_deep() -> None:
+    """Dynamo traces a call within a call by frames of its own, and each way in adds calls to its level."""
+    model, tokens = Nested(16).eval(), torch.randn(2, 9, 16)
+    limit = sys.getrecursionlimit()
+    changed = rewritten(model, ["window(window=4, sinks=1)"], {"x": tokens})
+    assert changed.rewrite_report.counts()["rewritten"] == 16
+    assert not close(without_gradients(changed, tokens), without_gradients(model, tokens), 1e4)
+    assert sys.getrecursionlimit() == limit
