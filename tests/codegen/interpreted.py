@@ -196,3 +196,80 @@ def run_statistic(statistic_json: str, operands: list[torch.Tensor], lse: torch.
             module = kernel_for(attend.to_json(), values=False).load()
             stack.enter_context(mock.patch.object(module, "units_for", return_value=units))
         return statistic_by_kernel(statistic, query, key, dict(zip(statistic.tensors(), tensors, strict=True)), lse)
+
+
+def run_tuned(attend_json: str, operands: list[torch.Tensor], preferred: list[tuple[int, ...]]) -> tuple[object, dict[str, object], int]:
+    """(results, the tile that each kernel was last launched with, how often was timed) with a timer to which `preferred` tiles are fast.
+
+    One tile: forward, whose result is out; two: the backward kernels, whose results are all gradients; none: backward, not tuned.
+    """
+    from contextlib import ExitStack
+    from unittest import mock
+
+    from codegen import Autotuning, tuned_launch
+    from codegen.backward_kernel import backward_kernel_for
+    from codegen.kernel import kernel_for
+    from codegen.tiles import BackwardTiles, Tile
+    from codegen.torch_streaming import attend_forward, output_like
+    from codegen.tuning import DeviceFacts, Tuner
+    from rewrite.ir import Attend
+
+    operation = Attend.from_json(attend_json)
+    query, key, value, *tensors = operands
+    forward = len(preferred) == 1
+    launched: dict[str, object] = {}
+    timed: list[float] = []
+
+    class Recorded:
+        def __init__(self, kernel: object, name: str) -> None:
+            self.kernel, self.name = kernel, name
+
+        def __getitem__(self, grid: object):  # type: ignore[no-untyped-def]
+            def launch(*arguments: object, **given: int) -> None:
+                launched[self.name] = Tile(given["BLOCK_Q"], given["BLOCK_K"], given["num_warps"], given["num_stages"])
+                self.kernel[grid](*arguments, **given)  # type: ignore[index]
+
+            return launch
+
+    def timer(run):  # type: ignore[no-untyped-def]
+        run()
+        timed.append(1.0 + sum(tile not in launched.values() for tile in map(tuple, preferred)))
+        return timed[-1]
+
+    tuner = Tuner(lambda device: DeviceFacts("interpreter", 90, 1 << 20), timer)
+    module = (kernel_for if forward else backward_kernel_for)(attend_json).load()  # type: ignore[operator]
+    small = Tile(16, 16, 4, 2)
+    with ExitStack() as stack:
+        # The tables' tiles are for a device: these make few programs of few steps here.
+        stack.enter_context(mock.patch.object(tuned_launch, "tile_for", return_value=small))
+        stack.enter_context(mock.patch.object(tuned_launch, "backward_tiles", return_value=BackwardTiles(small, small)))
+        stack.enter_context(mock.patch("codegen.tuning._fits", return_value=True))
+        for name in [name for name in vars(module) if name.startswith("attend")]:
+            stack.enter_context(mock.patch.object(module, name, Recorded(getattr(module, name), name)))
+        stack.enter_context(Autotuning(bool(preferred)))
+        out, lse = attend_forward(operation, query, key, value, dict(zip(operation.tensors(), tensors, strict=True)))
+        if forward:
+            out, lse = output_like(query, value)
+            tuned_launch.launch_attention(attend_json, (query, key, value), tensors, out, lse, tuner)
+            return out, launched, len(timed)
+        received = (out, lse, torch.ones_like(out), torch.zeros_like(lse))
+        gradients = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        asked = tuned_launch.launch_backward(attend_json, (query, key, value), tensors, received, gradients, [0], tuner)
+        return [*gradients, *asked], launched, len(timed)
+
+
+def run_in_order(
+    attend_json: str, operands: list[torch.Tensor], received: tuple[torch.Tensor, torch.Tensor], wanted: list[int]
+) -> list[torch.Tensor]:
+    """out, lse, and the gradients of query, key, value and the wanted tensors, by kernels that are given the tokens in another order."""
+    from codegen.ordered_launch import launch_attention_in_order, launch_backward_in_order, order_of
+    from codegen.torch_streaming import output_like
+
+    query, key, value, *tensors = operands
+    assert order_of(attend_json, (query, key, value)) is not None
+    out, lse = (each.fill_(torch.nan) for each in output_like(query, value))
+    launch_attention_in_order(attend_json, (query, key, value), tensors, out, lse)
+    gradients = tuple(torch.full(operand.shape, torch.nan) for operand in (query, key, value))
+    given = (out.contiguous(), lse, *received)
+    asked = launch_backward_in_order(attend_json, (query, key, value), tensors, given, gradients, wanted)  # type: ignore[arg-type]
+    return [out, lse, *gradients, *asked]
