@@ -13,14 +13,17 @@ from codegen.served import kernel_attention, reason_without_backward, reason_wit
 from codegen.state_kernels import StateKernel, emit_state, has_triton_state
 from codegen.statistics_operator import statistic
 from codegen.tuning import Autotuning
+from codegen.work import SKELETONS, Work, work
 
 __all__ = [
+    "SKELETONS",
     "TARGETS",
     "Autotuning",
     "BackwardKernel",
     "CompiledKernel",
     "Kernel",
     "StateKernel",
+    "Work",
     "attend",
     "computed_multiply_adds",
     "emit",
@@ -38,6 +41,7 @@ __all__ = [
     "statistic",
     "visible_pairs",
     "visited_pairs",
+    "work",
 ]
 
 del _flops

@@ -94,7 +94,7 @@ def laid_out(out: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _fused_score(attend: Attend) -> tuple[float, sympy.Expr] | None:
+def fused_score(attend: Attend) -> tuple[float, sympy.Expr] | None:
     """What `linear_score` says, where torch's fused attention computes the operation; else None."""
     return linear_score(attend.score) if replace(attend, sink=None).is_plain else None
 
@@ -112,7 +112,7 @@ def attend_forward(
         out, lse = output_like(query, value)
         state_forward(*by_state, (out, lse))
         return out, lse
-    linear, chosen = _fused_score(attend), gathered(attend, query, key, tensors)
+    linear, chosen = fused_score(attend), gathered(attend, query, key, tensors)
     if linear is not None and query.device.type == "cpu":
         return _fused(attend, linear, (query, key, value), tensors, chosen)
     out, lse = output_like(query, value)
@@ -132,7 +132,7 @@ def attend_forward(
 
 
 @lru_cache(maxsize=256)
-def _fused_visits(attend: Attend, rest: sympy.Expr, n_queries: int, n_keys: int, device: torch.device) -> tuple[Visit, ...]:
+def fused_visits(attend: Attend, rest: sympy.Expr, n_queries: int, n_keys: int, device: torch.device) -> tuple[Visit, ...]:
     """All at once where torch takes mask and bias as they are; blocks where the mask leaves keys out or a bias has to be made."""
     dynamic, key = split_mask(attend.mask)[1], static_key(attend.mask)
     # What is added to every query's scores alike is a row, which torch spreads by itself.
@@ -158,7 +158,7 @@ def _fused(
     # The fused operator takes one head dim for all three; zeros change neither a dot product nor the columns that are kept.
     widest = max(query.shape[3], width)
     query, key, value = (functional.pad(t, (0, widest - t.shape[3])) if t.shape[3] < widest else t for t in (query, key, value))
-    planned = _fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
+    planned = fused_visits(attend, rest, n_queries, n_keys, query.device) if chosen is None else chosen.plan.everywhere
     if chosen is None and not any(visit.causal for visit in planned):
         seen = seen_keys(attend, query, key, tensors)
         planned = planned if seen is None else seen.visits(static_key(attend.mask), (n_queries, n_keys), (*CANDIDATES, FUSED_ROWS))

@@ -22,6 +22,7 @@ from rewrite.ir import (
     parse_pass,
     register_pass,
 )
+from rewrite.prediction import SlowerWarning
 from rewrite.report import Report
 from rewrite.sweep import HeadSweep, sweep_heads
 
@@ -42,6 +43,7 @@ __all__ = [
     "Report",
     "RewriteError",
     "Site",
+    "SlowerWarning",
     "autotune",
     "available_passes",
     "explain",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from rewrite.entry import install, session_of
 from rewrite.ir.errors import PassError, RewriteError
 from rewrite.ir.passes import Pass
 from rewrite.ir.registry import as_passes
+from rewrite.measuring import measure_sites
+from rewrite.prediction import Gate
 from rewrite.report import Report
 from rewrite.session import Session
 
@@ -29,12 +32,18 @@ def rewrite(
     example_inputs: ExampleInputs = None,
     inplace: bool = False,
     backend: InnerBackend = "eager",
+    only_if_faster: bool = False,
+    measure: bool = False,
 ) -> ModuleType:
     """The model with its attention rewritten: same class, same state_dict keys for what was there, `generate()` still works.
 
     model: any nn.Module that Dynamo can trace. passes: names, text with parameters (``"agent(tokens=49)"``) or objects, in any order.
     example_inputs: a tuple of positional or a mapping of keyword arguments of `forward`; with None the rewriting happens at the first
     call. inplace: change this model instead of a deep copy of it. backend: any torch.compile backend; it receives the rewritten graphs.
+    only_if_faster: leave sites alone where the passes' form is predicted to be slower, from multiply-adds and bytes against ceilings
+    that are measured on the device; without it they are rewritten as asked, and one `SlowerWarning` names them. What is decided at the
+    first call's sizes holds for all. measure: time every rewritten site on its real operands, before and after, for the report beside the
+    prediction; it needs example_inputs.
 
     Raises `PassError` for a pass list that cannot be taken as written, `NoAttentionError`, `NotApplicableError` for a pass that fits no
     site, and the model's own error for inputs it does not take; the model is then what it was.
@@ -51,12 +60,19 @@ def rewrite(
     adding = [str(one) for one in chosen if one.adds_parameters()]
     if example_inputs is None and adding:
         raise PassError(f"{', '.join(adding)} adds parameters to the model and needs example_inputs to know their shapes")
+    if measure and example_inputs is None:
+        raise PassError("measure=True times sites on their operands, and needs example_inputs")
     target = model if inplace else copy.deepcopy(model)
-    session = Session(target, chosen, backend, may_add_parameters=example_inputs is not None)
+    gate = Gate() if only_if_faster else None
+    session = Session(target, chosen, backend, may_add_parameters=example_inputs is not None, gate=gate)
     session.report = Report(tuple(str(one) for one in chosen), notes=["rewriting happens at the first call"])
     if example_inputs is not None:
         session.prepare(arguments, keywords)
         session.register_parameters()
+        if measure:
+            measured = measure_sites(session, arguments, keywords)
+            session.report.sites = [replace(site, measured=measured.get(site.qualified_name)) for site in session.report.sites]
+        session.warn_slower()
     install(session)
     return target
 

@@ -15,7 +15,18 @@ import torch
 from torch import fx
 
 import codegen
-from rewrite.ir.operations import Attend, DepthwiseConv, PlainOperation, Pool, RegionRoutes, ReinforceHeads, SparseMap, Statistic, Sum
+from rewrite.ir.operations import (
+    Attend,
+    DepthwiseConv,
+    Operation,
+    PlainOperation,
+    Pool,
+    RegionRoutes,
+    ReinforceHeads,
+    SparseMap,
+    Statistic,
+    Sum,
+)
 from rewrite.ir.plain_operations import Axes
 from rewrite.ir.site import Site
 from rewrite.recognise.operators import argument, canonical, hinted_shape, value_of
@@ -80,6 +91,28 @@ def original_cost(site: Site, itemsize: int, materialised: bool) -> Cost:
     return attention_cost(site.dims, itemsize, materialised)
 
 
+@dataclass(frozen=True)
+class OperationCost:
+    """One operation of a body. sizes: those of an attention's own operands, by name."""
+
+    operation: Operation
+    sizes: Mapping[str, int]
+    multiply_adds: int
+    bytes: int
+
+
+def operation_costs(site: Site, itemsize: int) -> list[OperationCost]:
+    """What `rewritten_cost` adds up, operation by operation."""
+    if len(site.body.operations) == 1:
+        cost = rewritten_cost(site, itemsize)
+        return [OperationCost(site.body.operations[0], site.dims, cost.multiply_adds, cost.bytes)]
+    sizes = {**site.dims, "itemsize": itemsize}
+    return [
+        OperationCost(operation, own, int(_put(multiply_adds, sizes)), int(itemsize * _put(moved, sizes)))
+        for operation, own, multiply_adds, moved in _body_parts(site)
+    ]
+
+
 def rewritten_cost(site: Site, itemsize: int) -> Cost:
     """The cost of a site's body as it is lowered: no map is written, and pairs that positions alone hide are not computed."""
     if len(site.body.operations) > 1:
@@ -90,7 +123,19 @@ def rewritten_cost(site: Site, itemsize: int) -> Cost:
 
 
 def _body_cost(site: Site, itemsize: int) -> Cost:
-    """The sum over a body's operations; numbers of tokens follow from the pooling operations, widths from the feature maps."""
+    """The sum over a body's operations."""
+    parts = _body_parts(site)
+    multiply_adds = sum((part[2] for part in parts), sympy.Integer(0))
+    moved = sum((part[3] for part in parts), sympy.Integer(0))
+    return Cost(multiply_adds, _S["itemsize"] * moved, tuple(sorted({**site.dims, "itemsize": itemsize}.items())))
+
+
+def _body_parts(site: Site) -> list[tuple[Operation, dict[str, int], sympy.Expr, sympy.Expr]]:
+    """Every operation of a body with the sizes of an attention's operands, its multiply-adds, and the elements that it moves.
+
+    Numbers of tokens follow from the pooling operations, widths from the feature maps.
+    """
+    parts: list[tuple[Operation, dict[str, int], sympy.Expr, sympy.Expr]] = []
     tokens: dict[str, int] = {"query": site.dims["Nq"], "key": site.dims["Nk"], "value": site.dims["Nk"]}
     axes: dict[str, Axes] = {
         name: Axes(site.dims[heads], tokens[name], site.dims[width])
@@ -98,9 +143,10 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
     }
     # Tokens that were not cut into heads yet.
     axes |= {name: Axes(1, site.dims["Nq"], site.dims[width]) for name, width in (("hidden", "C"), ("input", "Cin")) if width in site.dims}
-    multiply_adds: sympy.Expr = sympy.Integer(0)
-    moved: sympy.Expr = sympy.Integer(0)
     for operation in site.body.operations:
+        multiply_adds: sympy.Expr = sympy.Integer(0)
+        moved: sympy.Expr = sympy.Integer(0)
+        sizes = site.dims
         match operation:
             case Pool():
                 tokens[operation.result] = math.prod(operation.size)
@@ -112,7 +158,8 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 seen, read = axes[operation.key], axes[operation.value]
                 axes[operation.result] = Axes(site.dims["H"], n_queries, read.width)
                 own = {"Hkv": seen.heads, "Nq": n_queries, "Nk": n_keys, "D": seen.width, "Dv": read.width}
-                formula, counts = codegen.multiply_adds_formula(operation, {**site.dims, **own})
+                sizes = {**site.dims, **own}
+                formula, counts = codegen.multiply_adds_formula(operation, sizes)
                 multiply_adds += _put(formula, {**counts, **{name: size for name, size in own.items() if size != site.dims[name]}})
                 channels = sum(_S[name] if own[name] == site.dims[name] else own[name] for name in ("D", "Dv"))
                 moved += _S["B"] * _S["H"] * (n_queries + n_keys) * channels
@@ -151,7 +198,8 @@ def _body_cost(site: Site, itemsize: int) -> Cost:
                 tokens[operation.result], axes[operation.result] = tokens[operation.terms[0]], axes[operation.terms[0]]
             case _:
                 pass
-    return Cost(multiply_adds, _S["itemsize"] * moved, tuple(sorted({**site.dims, "itemsize": itemsize}.items())))
+        parts.append((operation, sizes, multiply_adds, moved))
+    return parts
 
 
 def node_itemsize(node: fx.Node) -> int:

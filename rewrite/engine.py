@@ -19,6 +19,7 @@ from rewrite.ir.program import Program
 from rewrite.lower.program import Allowed, Extra, Produced, ProgramLowering
 from rewrite.names import Names
 from rewrite.notes import Note
+from rewrite.prediction import Gate
 from rewrite.recognise.flex import is_flex_attention
 from rewrite.recognise.operators import module_path
 from rewrite.recognise.regions import NearMiss, find_regions
@@ -85,7 +86,7 @@ class Rewriter:
 
     passes: in running order. names: what module paths in a graph mean in the model, where there is one. proofs: results of verification by
     structure, shared between graphs. allowed: what the rewritten graphs may ask for. depths: how many layers the stack of a site has, by
-    name, where it goes on over several graphs.
+    name, where it goes on over several graphs. gate: keeps sites as they were that are predicted to be slower.
     """
 
     passes: tuple[Pass, ...]
@@ -93,13 +94,14 @@ class Rewriter:
     proofs: dict[str, str | None] = field(default_factory=dict)
     allowed: Allowed = field(default_factory=Allowed)
     depths: dict[str, int] = field(default_factory=dict)
+    gate: Gate | None = None
 
     def plan(self, recognition: Recognition) -> Program:
         """The recognised program after every pass."""
         program = recognition.program
         for one in self.passes:
             program = one.apply(program)
-        return program
+        return program if self.gate is None else self.gate.through(program, recognition)
 
     def lowering(self, *arguments: Any) -> ProgramLowering:
         """What brings the program into the graph."""

@@ -82,6 +82,7 @@ class Way(ABC):
                 try:
                     session.prepare(arguments, keywords)
                     session.register_parameters()
+                    session.warn_slower()
                 finally:
                     install(session)
             session.warm_up(self.module, self.prefix, arguments, keywords, self.method)

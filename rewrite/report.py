@@ -16,10 +16,26 @@ from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritte
 from rewrite.engine import Record
 from rewrite.ir.operations import Attend
 from rewrite.ir.site import Site
-from rewrite.recognise.operators import canonical
+from rewrite.prediction import Prediction, is_materialised, predicted
 from rewrite.recognise.sites import Found
 
+# Columns of the table that are numbers.
+_NUMBERS = frozenset({"heads", "head dim", "multiply-adds", "predicted", "measured"})
+
 Status = Literal["rewritten", "kept", "declined"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one site, before and after, as measured."""
+
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 is slower."""
+        return self.after / self.before
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,7 @@ class SiteReport:
 
     status: "rewritten" by the passes named, "declined" where every pass that was asked for left it alone (the reasons are in `reason`),
     "kept" where no pass was asked for. cost_before, cost_after: closed forms with `.multiply_adds` and `.bytes` at the traced shapes.
-    cut: what a graph break hid from it, in words.
+    cut: what a graph break hid from it, in words. predicted: seconds as predicted, of rewritten sites. measured: as measured, where asked.
     """
 
     qualified_name: str
@@ -46,6 +62,8 @@ class SiteReport:
     cost_before: Cost
     cost_after: Cost
     cut: str = ""
+    predicted: Prediction | None = None
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -110,7 +128,7 @@ class Report:
             before, after = site_costs(entry, changed[entry.site.name], record)
             if entry.site.name in record.lowered:
                 self.total_after += GraphCost(after.multiply_adds, after.bytes)
-            self.sites.append(self._site(entry, record, before, after))
+            self.sites.append(self._site(entry, changed[entry.site.name], record, before, after))
         self._without_kernels(record)
         self._tokens(record)
         self.near_misses += [NearMissReport(miss.module, miss.node, miss.reason) for miss in record.misses]
@@ -131,7 +149,7 @@ class Report:
         )
         self.notes += [note for note in notes if note not in self.notes]
 
-    def _site(self, entry: Found, record: Record, before: Cost, after: Cost) -> SiteReport:
+    def _site(self, entry: Found, changed: Site, record: Record, before: Cost, after: Cost) -> SiteReport:
         site, cut = entry.site, record.cut.get(entry.site.name, "")
         passes = record.program.passes_of(site)
         reasons = [f"{by}: {reason}" for name, by, reason in record.program.declined if name == site.name]
@@ -141,7 +159,7 @@ class Report:
             heads=site.dims["H"], kv_heads=site.dims["Hkv"],
             tokens=site.dims["Nq"], key_tokens=site.dims["Nk"], head_dim=site.dims["D"], token_layout=str(site.layout), status=status,
             reason="; ".join(reasons), passes=passes, cost_before=before, cost_after=after,
-            cut=cut,
+            cut=cut, predicted=predicted(entry, left_of(changed, record)) if site.name in record.lowered else None,
         )  # fmt: skip
 
     def _tokens(self, record: Record) -> None:
@@ -165,6 +183,9 @@ class Report:
                     "multiply_adds_formula": str(cost.multiply_adds_formula),
                     "bytes_formula": str(cost.bytes_formula),
                 }
+            plain |= {
+                kind: None if (each := getattr(site, kind)) is None else dataclasses.asdict(each) for kind in ("predicted", "measured")
+            }
             sites.append({**plain, "passes": list(site.passes)})
         return {
             "passes": list(self.passes),
@@ -192,11 +213,15 @@ class Report:
                 names.setdefault(site.cut, []).append(site.qualified_name)
         return names
 
+    def _times(self) -> list[str]:
+        """Which ratios of times there are, of after over before: headings, and fields of a site."""
+        return [kind for kind in ("predicted", "measured") if any(getattr(site, kind) is not None for site in self.sites)]
+
     def table(self) -> Table:
         """The sites as a rich table."""
         table = Table(title=f"Attention sites ({', '.join(self.passes) or 'no passes'})", title_justify="left")
-        for heading in ("site", "kind", "heads", "tokens", "head dim", "layout", "status", "multiply-adds", "reason"):
-            table.add_column(heading, overflow="fold", justify="right" if heading in ("heads", "head dim", "multiply-adds") else "left")
+        for heading in ("site", "kind", "heads", "tokens", "head dim", "layout", "status", "multiply-adds", *self._times(), "reason"):
+            table.add_column(heading, overflow="fold", justify="right" if heading in _NUMBERS else "left")
         for site in self.sites:
             kind = f"{site.kind}, causal" if site.causal else site.kind
             heads = str(site.heads) if site.heads == site.kv_heads else f"{site.heads}/{site.kv_heads}"
@@ -205,7 +230,8 @@ class Report:
             if site.cost_after.multiply_adds != site.cost_before.multiply_adds:
                 cost += f" → {_count(site.cost_after.multiply_adds)}"
             told = site.reason if site.status != "rewritten" else ", ".join(site.passes)
-            table.add_row(site.qualified_name, kind, heads, tokens, str(site.head_dim), site.token_layout, site.status, cost, told)
+            times = ["" if (each := getattr(site, kind_)) is None else f"{each.ratio:.2f}x" for kind_ in self._times()]
+            table.add_row(site.qualified_name, kind, heads, tokens, str(site.head_dim), site.token_layout, site.status, cost, *times, told)
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -244,12 +270,16 @@ class Report:
 def site_costs(entry: Found, site: Site, record: Record) -> tuple[Cost, Cost]:
     """A site's cost as the model has it and as the passes left it; tokens that left the stack count in neither queries nor keys."""
     itemsize = node_itemsize(entry.region.output)
-    materialised = canonical(entry.region.core) == "softmax"
+    materialised = is_materialised(entry.region.core)
     before = original_cost(entry.site, itemsize, materialised)
-    gone = record.gone.get(site.name, 0)
-    dims = {**site.dims, "Nq": site.dims["Nq"] - gone, "Nk": site.dims["Nk"] - gone}
-    left = dataclasses.replace(site, dims=dims)
+    left = left_of(site, record)
     return before, rewritten_cost(left, itemsize) if site.name in record.lowered else original_cost(left, itemsize, materialised)
+
+
+def left_of(site: Site, record: Record) -> Site:
+    """The site with the tokens that are left of it."""
+    gone = record.gone.get(site.name, 0)
+    return dataclasses.replace(site, dims={**site.dims, "Nq": site.dims["Nq"] - gone, "Nk": site.dims["Nk"] - gone})
 
 
 def _count(number: int) -> str:

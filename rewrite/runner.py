@@ -133,6 +133,7 @@ class Runner:
             proofs=session.proofs,
             allowed=Allowed(parameters=session.may_add_parameters, added=session.added),
             depths=session.depths,
+            gate=session.gate,
         )
 
         def backend(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

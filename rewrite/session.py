@@ -20,6 +20,7 @@ from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableErr
 from rewrite.ir.operations import Parameter
 from rewrite.ir.passes import CHANGES_NOTHING, Pass
 from rewrite.notes import CacheNotes, Slot, slots
+from rewrite.prediction import SLOWER, Gate, SlowerWarning, compared
 from rewrite.report import Report
 from rewrite.runner import ACTIVE, CAPTURE_ERRORS, Runner, RunningCall
 
@@ -43,6 +44,7 @@ class Session:
     proofs: dict[str, str | None] = field(default_factory=dict)
     added: dict[str, Parameter] = field(default_factory=dict)
     depths: dict[str, int] = field(default_factory=dict)
+    gate: Gate | None = None
     gridded: set[str] = field(default_factory=set)
     embeddings: list[str] = field(default_factory=list)
     declined: list[tuple[str, str, str]] = field(default_factory=list)
@@ -217,10 +219,31 @@ class Session:
             )
         for one in self.passes:
             told = str(one)
-            fits = any(told in site.passes or (f"{told}: " in site.reason and CHANGES_NOTHING in site.reason) for site in self.report.sites)
+            fits = any(
+                told in site.passes or (f"{told}: " in site.reason and (CHANGES_NOTHING in site.reason or SLOWER in site.reason))
+                for site in self.report.sites
+            )
             if fits or one == type(one).identity():
                 continue
             raise NotApplicableError(f"{told} fits none of the {len(self.report.sites)} attention sites: {self._reasons(told)}")
+
+    def warn_slower(self) -> None:
+        """One warning for all sites that are predicted to be slower than they were."""
+        groups: dict[str, list[str]] = {}
+        for site in self.report.sites:
+            if site.predicted is not None and site.predicted.ratio > 1:
+                more = compared(
+                    (site.cost_before.multiply_adds, site.cost_before.bytes), (site.cost_after.multiply_adds, site.cost_after.bytes)
+                )
+                told = f"{', '.join(site.passes)}, N={site.tokens}: {more}; predicted {site.predicted.ratio:.2g}x the time"
+                groups.setdefault(told, []).append(site.qualified_name)
+        if groups:
+            told = "; ".join(f"{what} ({', '.join(names)})" for what, names in groups.items())
+            warnings.warn(
+                f"predicted to be slower than what it replaces: {told}. only_if_faster=True leaves such sites alone",
+                SlowerWarning,
+                stacklevel=3,
+            )
 
     def _reasons(self, told: str) -> str:
         """Why a pass fits no site: each reason once, with the sites it holds for."""

@@ -1,0 +1,41 @@
+"""In which way the CPU lowering computes an attention, and what that takes: what a prediction of its time is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from codegen.contraction_order import Sizes, state_plan
+from codegen.multiply_adds import computed_multiply_adds
+from codegen.torch_streaming import fused_score, fused_visits
+from rewrite.ir.operations import Attend
+
+# "fused": one call of torch's fused attention. "banded": one for each block of queries, on the keys that it sees. "gathered": on blocks of
+# keys that the data choose. "grouped": matrix products block by block, reweighted between groups of keys. "blocks": other such.
+# "state": linear attention through its state.
+Skeleton = Literal["fused", "banded", "gathered", "grouped", "blocks", "state"]
+SKELETONS: tuple[Skeleton, ...] = get_args(Skeleton)
+
+
+class Work(NamedTuple):
+    """calls: how many of what the skeleton repeats (its blocks of queries)."""
+
+    skeleton: Skeleton
+    multiply_adds: int
+    calls: int = 1
+
+
+def work(attend: Attend, sizes: Mapping[str, int]) -> Work:
+    """What an attention takes. sizes: B, H, Hkv, Nq, Nk, D and Dv."""
+    multiply_adds = computed_multiply_adds(attend, sizes)
+    if state_plan(attend, Sizes(*(sizes[name] for name in ("B", "H", "Hkv", "Nq", "Nk", "D", "Dv")))) is not None:
+        return Work("state", multiply_adds)
+    if attend.choice is not None:
+        return Work("gathered", multiply_adds)
+    linear = fused_score(attend)
+    if linear is None:
+        return Work("grouped" if attend.groups is not None else "blocks", multiply_adds)
+    visits = fused_visits(attend, linear[1], sizes["Nq"], sizes["Nk"], torch.device("cpu"))
+    return Work("fused" if len(visits) == 1 else "banded", multiply_adds, len(visits))

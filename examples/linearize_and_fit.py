@@ -1,0 +1,95 @@
+"""Linear attention in a trained vision transformer, and the accuracy that fitting brings back.
+
+A ViT is trained on scikit-learn's handwritten digits (1,797 images of 8x8, enlarged to 32x32: 64 patches and a class token), its attention
+is rewritten, and what the passes added is fitted against the model as it was. No label is used for that. Run it:
+
+    python examples/linearize_and_fit.py
+    python examples/linearize_and_fit.py --pass "hedgehog(features=8)" --pass "agent(tokens=16, learnable=True)"
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import ViTConfig, ViTForImageClassification
+
+from rewrite import fit, rewrite
+
+PASSES = ("hedgehog(features=16)", "agent(tokens=16, learnable=True)")
+
+
+def digits() -> tuple[TensorDataset, TensorDataset]:
+    """Three quarters to train on and a quarter to test on, classes in proportion."""
+    found = load_digits()
+    split = train_test_split(found.images, found.target, test_size=0.25, random_state=0, stratify=found.target)
+    pictures = [
+        functional.interpolate(torch.tensor(each, dtype=torch.float32)[:, None] / 8 - 1, size=32, mode="bilinear") for each in split[:2]
+    ]
+    train, test = (TensorDataset(images, torch.tensor(labels)) for images, labels in zip(pictures, split[2:], strict=True))
+    return train, test
+
+
+def trained(data: TensorDataset, epochs: int, console: Console) -> nn.Module:
+    """A ViT with softmax attention, trained from nothing."""
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=32, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
+        num_labels=10,
+    )  # fmt: skip
+    model = ViTForImageClassification(config).train()
+    loader = DataLoader(data, batch_size=64, shuffle=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=epochs * len(loader))
+    for _ in track(range(epochs), "training the original", console=console):
+        for images, labels in loader:
+            optimizer.zero_grad()
+            functional.cross_entropy(model(images).logits, labels).backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: TensorDataset) -> float:
+    right = [(model(images).logits.argmax(-1) == labels).float() for images, labels in DataLoader(data, batch_size=225)]
+    return torch.cat(right).mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pass", dest="passes", action="append", metavar="TEXT", help=f"default: {', '.join(PASSES)}")
+    parser.add_argument("--epochs", type=int, default=25, help="of training the original")
+    parser.add_argument("--steps", type=int, nargs=2, default=(150, 200), help="of fitting, site by site and end to end")
+    arguments = parser.parse_args()
+    console = Console()
+    train, test = digits()
+    original = trained(train, arguments.epochs, console)
+    before = accuracy(original, test)
+    table = Table(title=f"accuracy on {len(test)} digits that no step has seen; softmax attention: {before:.1%}", title_justify="left")
+    for heading in ("pass", "rewritten", "fitted", "of the original's", "fitting took"):
+        table.add_column(heading, justify="left" if heading == "pass" else "right")
+    loader = DataLoader(train, batch_size=64, shuffle=True)
+    for text in arguments.passes or PASSES:
+        student = rewrite(original, [text], example_inputs=(train[:64][0],))
+        after = accuracy(student, test)
+        start = time.perf_counter()
+        fit(original, student, loader, steps=tuple(arguments.steps), inputs=lambda batch: batch[0])
+        took = time.perf_counter() - start
+        fitted = accuracy(student, test)
+        console.print(student.rewrite_report.fitting)
+        table.add_row(text, f"{after:.1%}", f"{fitted:.1%}", f"{fitted / before:.1%}", f"{took:.0f} s")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""The time of every site on the operands that the model has there, as it was and as the passes left it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import fx
+
+from rewrite.beside import Observing, SiteFunctions
+from rewrite.dry_run import copied, untouched
+from rewrite.machine import least_time
+from rewrite.report import Measured
+from rewrite.runner import Runner
+from rewrite.session import Session
+
+
+def measure_sites(session: Session, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Measured]:
+    """Seconds before and after, by name of the site: the least of a few runs of each form, in turns, without gradients."""
+    found: dict[str, Measured] = {}
+
+    def measure(functions: SiteFunctions, values: dict[fx.Node, Any]) -> None:
+        device = functions.output(values).device
+        before, after = (least_time(lambda form=form: form(values), device) for form in (functions.original, functions.body))  # type: ignore[misc]
+        found[functions.site.name] = Measured(before, after)
+
+    runner = Runner(session, session.root, "", "eager", rewriter_of=functools.partial(Observing, observe=measure))
+    with torch.no_grad(), untouched(session.root):
+        runner.run(copied(arguments), copied(keywords))
+    return found

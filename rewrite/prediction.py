@@ -1,0 +1,113 @@
+"""Whether a site is faster as the passes left it: multiply-adds and bytes over the ceilings that were measured on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import fx
+
+import codegen
+from rewrite.cost import node_itemsize, operation_costs, original_cost
+from rewrite.ir.operations import Attend
+from rewrite.ir.program import Program
+from rewrite.ir.site import Site
+from rewrite.machine import Machine, machine_of
+from rewrite.recognise.operators import canonical, value_of
+from rewrite.recognise.sites import Found, Recognition
+
+# Operators that an operation other than an attention is made of (pooling, features, routes): a handful each, none of which counts beside a
+# long attention, while together they do beside a short one.
+PLAIN_OPERATORS = 5
+
+# In the reason of a site that `only_if_faster` left alone.
+SLOWER = "is predicted to take"
+
+
+class SlowerWarning(UserWarning):
+    """Passes were applied where their form is predicted to be slower than what it replaces."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds of one site, before and after, as predicted."""
+
+    before: float
+    after: float
+
+    @property
+    def ratio(self) -> float:
+        """Above 1 is slower."""
+        return self.after / self.before
+
+
+def predict(before: Site, after: Site, itemsize: int, materialised: bool, machine: Machine) -> Prediction:
+    """A site as the model has it and as the passes left it. materialised: the model writes the map out, by operators of its own."""
+    cost = original_cost(before, itemsize, materialised)
+    # A fused call leaves out what positions alone hide, as ours does; a map is computed whole.
+    own = cost.multiply_adds if materialised else codegen.computed_multiply_adds(before.attend, before.dims)
+    first = machine.seconds("eager" if materialised else "sdpa", own, cost.bytes)
+    second = 0.0
+    for part in operation_costs(after, itemsize):
+        if isinstance(part.operation, Attend):
+            work = codegen.work(part.operation, part.sizes)
+            second += machine.seconds(work.skeleton, work.multiply_adds, part.bytes, work.calls)
+        else:
+            second += machine.seconds("plain", part.multiply_adds, part.bytes, PLAIN_OPERATORS)
+    return Prediction(first, second)
+
+
+def predicted(entry: Found, after: Site) -> Prediction:
+    """The prediction for a recognised site, on the device and in the type that it was traced with."""
+    output = value_of(entry.region.output)
+    assert isinstance(output, torch.Tensor)
+    return predict(
+        entry.site, after, node_itemsize(entry.region.output), is_materialised(entry.region.core), machine_of(output.device, output.dtype)
+    )
+
+
+def is_materialised(core: fx.Node) -> bool:
+    return canonical(core) == "softmax"
+
+
+def compared(before: tuple[int, int], after: tuple[int, int]) -> str:
+    """What is more and what is less, in words: (multiply-adds, bytes) before and after."""
+    parts = zip(("multiply-adds", "bytes"), before, after, strict=True)
+    return ", ".join(f"{_times(new / old)} {what}" if old else f"{new} {what}" for what, old, new in parts)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}x more" if ratio > 1.05 else f"{1 / ratio:.1f}x fewer" if 0 < ratio < 0.95 else "as many"
+
+
+@dataclass
+class Gate:
+    """`only_if_faster`: sites that are predicted to be slower stay as they were. What is decided for a site first holds in later graphs."""
+
+    decided: dict[str, str | None] = field(default_factory=dict)
+
+    def through(self, program: Program, recognition: Recognition) -> Program:
+        """The program without what is slower. Tokens that leave stay gone: they are no site's own."""
+        for site in program.sites:
+            entry = recognition.by_name(site.name)
+            if site.body == entry.site.body:
+                continue
+            if site.name not in self.decided:
+                found = predicted(entry, site)
+                self.decided[site.name] = f"it {SLOWER} {found.ratio:.2g}x the time of what it replaces" if found.ratio > 1 else None
+            reason = self.decided[site.name]
+            if reason is not None:
+                program = _without(program, replace(site, body=entry.site.body), reason)
+        return program
+
+
+def _without(program: Program, original: Site, reason: str) -> Program:
+    leaving = {exit_.by for exit_ in program.exits}
+    gone = [by for by in program.passes_of(original) if by not in leaving]
+    touched = tuple(each for each in program.touched if each[0] != original.name or each[1] in leaving)
+    sites: Sequence[Site] = [original if site.name == original.name else site for site in program.sites]
+    program = replace(program, sites=tuple(sites), touched=touched)
+    for by in gone:
+        program = program.with_declined(original, by, reason)
+    return program
