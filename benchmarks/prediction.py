@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from benchmarks.attention_cpu import CAUSAL, GRIDS, IN_A_TEXT, ON_A_GRID, Run, Values, body_run
 from rewrite.ir import QK, Attend, Body, Program, Site, TokenLayout, parse_pass
-from rewrite.machine import machine_of
+from rewrite.machine import clock_of, machine_of
 from rewrite.prediction import predict
 
 RESULTS = Path(__file__).parent / "results" / "prediction.md"
@@ -35,7 +35,7 @@ HEADS = ((12, 64), (6, 32))
 LINEAR = ("hedgehog(features=32)", "enhanced_linear", "lightning")
 # A measured ratio nearer to 1 than this is a tie: repeated runs of one and the same attention differ by as much.
 TIE = 0.05
-ROUNDS = 3
+MOST_ROUNDS = 9
 
 
 class Row(NamedTuple):
@@ -91,14 +91,17 @@ def originals(values: Values, text: bool) -> dict[str, Run]:
 def measure(runs: dict[str, Run], seconds: float) -> dict[str, float]:
     """The median time of each, in turns; at least one round after one that is not counted, and no longer than asked."""
     times: dict[str, list[float]] = {name: [] for name in runs}
+    clock = clock_of(torch.device("cpu"))
     for run in runs.values():
         run()
     start = time.perf_counter()
-    while not times[next(iter(runs))] or (len(times[next(iter(runs))]) < ROUNDS * 3 and time.perf_counter() - start < seconds):
+    for number in range(MOST_ROUNDS):
+        if number and time.perf_counter() - start > seconds:
+            break
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     return {name: statistics.median(each) for name, each in times.items()}
 
 
@@ -148,7 +151,8 @@ def main() -> None:
         f"cores, {torch.get_num_threads()} threads; load average {load:.1f} when the run began.", "",
         f"Right about faster or slower: **{share(found)}**; without ties (measured within {TIE:.0%} of 1): {share(clear)}. "
         "Ratios are time after / before, above 1 is slower. Written by benchmarks/prediction.py.", "",
-        f"Ceilings, measured in {took:.1f} s: {ceilings}; {machine.bandwidth / 1e9:.3g} GB/s.", "",
+        f"Ceilings, measured in {took:.1f} s: {ceilings}; {machine.bandwidth / 1e9:.3g} GB/s, "
+        f"{machine.plain_bandwidth / 1e9:.3g} through a plain operation.", "",
         "| site | original | pass | predicted | measured | right |", "|---|---|---|---:|---:|---|",
         *(
             f"| {row.site} | {row.original} | {row.method} | {row.predicted:.2f} | {row.measured:.2f} | "

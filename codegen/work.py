@@ -12,15 +12,15 @@ from codegen.multiply_adds import computed_multiply_adds
 from codegen.torch_streaming import fused_score, fused_visits
 from rewrite.ir.operations import Attend
 
-# "fused": one call of torch's fused attention. "banded": one for each block of queries, on the keys that it sees. "gathered": on blocks of
-# keys that the data choose. "grouped": matrix products block by block, reweighted between groups of keys. "blocks": other such.
-# "state": linear attention through its state.
+# "fused": one call of torch's fused attention. "banded": one for each block of queries, on the keys that it sees, with its mask.
+# "gathered": on blocks of keys that the data choose. "grouped": matrix products block by block, reweighted between groups of keys.
+# "blocks": other such. "state": linear attention through its state.
 Skeleton = Literal["fused", "banded", "gathered", "grouped", "blocks", "state"]
 SKELETONS: tuple[Skeleton, ...] = get_args(Skeleton)
 
 
 class Work(NamedTuple):
-    """calls: how many of what the skeleton repeats (its blocks of queries)."""
+    """calls: how many of what the skeleton repeats (blocks or chunks of queries). multiply_adds: with those that a block's mask hides."""
 
     skeleton: Skeleton
     multiply_adds: int
@@ -30,12 +30,16 @@ class Work(NamedTuple):
 def work(attend: Attend, sizes: Mapping[str, int]) -> Work:
     """What an attention takes. sizes: B, H, Hkv, Nq, Nk, D and Dv."""
     multiply_adds = computed_multiply_adds(attend, sizes)
-    if state_plan(attend, Sizes(*(sizes[name] for name in ("B", "H", "Hkv", "Nq", "Nk", "D", "Dv")))) is not None:
-        return Work("state", multiply_adds)
+    plan = state_plan(attend, Sizes(*(sizes[name] for name in ("B", "H", "Hkv", "Nq", "Nk", "D", "Dv"))))
+    if plan is not None:
+        return Work("state", multiply_adds, len(plan.steps))
     if attend.choice is not None:
         return Work("gathered", multiply_adds)
     linear = fused_score(attend)
     if linear is None:
         return Work("grouped" if attend.groups is not None else "blocks", multiply_adds)
     visits = fused_visits(attend, linear[1], sizes["Nq"], sizes["Nk"], torch.device("cpu"))
-    return Work("fused" if len(visits) == 1 else "banded", multiply_adds, len(visits))
+    if len(visits) == 1 and visits[0].seen is None:
+        return Work("fused", multiply_adds)
+    pairs = sum(visit.n_queries * visit.n_keys for visit in visits)
+    return Work("banded", sizes["B"] * sizes["H"] * pairs * (sizes["D"] + sizes["Dv"]), len(visits))

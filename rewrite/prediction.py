@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -10,16 +11,12 @@ from torch import fx
 
 import codegen
 from rewrite.cost import node_itemsize, operation_costs, original_cost
-from rewrite.ir.operations import Attend
+from rewrite.ir.operations import Attend, RegionRoutes
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site
-from rewrite.machine import Machine, machine_of
+from rewrite.machine import LARGEST_KEPT, Machine, machine_of
 from rewrite.recognise.operators import canonical, value_of
 from rewrite.recognise.sites import Found, Recognition
-
-# Operators that an operation other than an attention is made of (pooling, features, routes): a handful each, none of which counts beside a
-# long attention, while together they do beside a short one.
-PLAIN_OPERATORS = 5
 
 # In the reason of a site that `only_if_faster` left alone.
 SLOWER = "is predicted to take"
@@ -47,14 +44,18 @@ def predict(before: Site, after: Site, itemsize: int, materialised: bool, machin
     cost = original_cost(before, itemsize, materialised)
     # A fused call leaves out what positions alone hide, as ours does; a map is computed whole.
     own = cost.multiply_adds if materialised else codegen.computed_multiply_adds(before.attend, before.dims)
-    first = machine.seconds("eager" if materialised else "sdpa", own, cost.bytes)
+    written = itemsize * math.prod(before.dims[name] for name in ("B", "H", "Nq", "Nk"))
+    first = machine.seconds(("eager" if written <= LARGEST_KEPT else "large") if materialised else "sdpa", own, cost.bytes)
+    chosen = {each.result: math.prod(each.regions) for each in after.body.operations if isinstance(each, RegionRoutes)}
     second = 0.0
     for part in operation_costs(after, itemsize):
         if isinstance(part.operation, Attend):
             work = codegen.work(part.operation, part.sizes)
-            second += machine.seconds(work.skeleton, work.multiply_adds, part.bytes, work.calls)
+            # How many blocks there are to choose for is for the operation to say that chooses.
+            calls = work.calls if part.operation.choice is None else chosen.get(part.operation.choice.tensor, 1)
+            second += machine.seconds(work.skeleton, work.multiply_adds, part.bytes, calls)
         else:
-            second += machine.seconds("plain", part.multiply_adds, part.bytes, PLAIN_OPERATORS)
+            second += machine.seconds("plain", part.multiply_adds, part.bytes)
     return Prediction(first, second)
 
 

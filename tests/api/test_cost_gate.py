@@ -15,13 +15,13 @@ from rewrite.machine import Ceiling, Machine, machine_of
 from rewrite.prediction import predict
 from tests.api.small import images, run, vit
 
-WAYS = (*codegen.SKELETONS, "sdpa", "eager", "plain")
+WAYS = (*codegen.SKELETONS, "sdpa", "eager", "large", "plain")
 SLOW, QUICK = "sparsifiner(keep=0.5)", "agent(tokens=4)"
 
 
 def device(bandwidth: float = 1e15, **calls: float) -> Machine:
     """1e11 multiply-adds per second in every way; seconds of a call by way, none where it is not given."""
-    return Machine({way: Ceiling(calls.get(way, 0.0), 1e11) for way in WAYS}, bandwidth)
+    return Machine({way: Ceiling(calls.get(way, 0.0), 1e11) for way in WAYS}, bandwidth, bandwidth)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, machine: Machine) -> None:
