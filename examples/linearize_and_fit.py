@@ -86,7 +86,7 @@ def main() -> None:
         fit(original, student, loader, steps=tuple(arguments.steps), inputs=lambda batch: batch[0])
         took = time.perf_counter() - start
         fitted = accuracy(student, test)
-        console.print(student.rewrite_report.fitting)
+        console.print(str(student.rewrite_report.fitting))
         table.add_row(text, f"{after:.1%}", f"{fitted:.1%}", f"{fitted / before:.1%}", f"{took:.0f} s")
     console.print(table)
 

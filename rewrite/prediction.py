@@ -104,7 +104,7 @@ class Gate:
 
 
 def _without(program: Program, original: Site, reason: str) -> Program:
-    leaving = {exit_.by for exit_ in program.exits}
+    leaving = {operation.by for operation in program.token_operations()}
     gone = [by for by in program.passes_of(original) if by not in leaving]
     touched = tuple(each for each in program.touched if each[0] != original.name or each[1] in leaving)
     sites: Sequence[Site] = [original if site.name == original.name else site for site in program.sites]
