@@ -57,8 +57,8 @@ def pass_class(name: str) -> type[Pass]:
     known = {cls.name: cls for cls in available_passes()}
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}"
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(known)}"
     raise PassError(f"there is no pass named {name!r}; {hint}")
 
 
@@ -93,8 +93,8 @@ def build_pass(cls: type[Pass], values: dict[str, Any]) -> Pass:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
         if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has: {', '.join(fields) or 'none'}"
+            near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else f"it has: {', '.join(fields) or 'none'}"
             raise PassError(f"{cls.name} has no parameter {name!r}; {hint}")
     missing = [
         field.name

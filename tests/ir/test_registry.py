@@ -76,7 +76,7 @@ def test_lists_are_tuples_and_integers_floats_in_text_and_objects_alike() -> Non
         ("agnt", "there is no pass named 'agnt'; did you mean agent?"),
         ("zzz", "there are: agent, "),
         ("agent(tokns=3)", "agent has no parameter 'tokns'; did you mean tokens?"),
-        ("agent(zzz=3)", "it has: tokens, learnable, layers"),
+        ("agent(zzz=3)", "it has: tokens, learnable, drop_bias, stacks, layers"),
         ("agent(tokens=4.0)", "tokens=4.0 is of type float; it must be int"),
         ("agent(tokens=True)", "tokens=True is of type bool; it must be int"),
         ("agent(layers=(1, 'a'))", "it must be tuple[int, ...] or None"),
