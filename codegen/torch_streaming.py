@@ -164,7 +164,7 @@ def _fused(
         planned = planned if seen is None else seen.visits(static_key(attend.mask), (n_queries, n_keys), (*CANDIDATES, FUSED_ROWS))
     if chosen is None and len(planned) == 1 and planned[0].is_whole(n_queries, n_keys):
         part, total = fused_block(ScoreBlock(attend, query, key, tensors, planned[0]), (query, key, value), scale, rest)
-        return laid_out(part[..., :width]), total.to(torch.float32, memory_format=torch.contiguous_format)
+        return laid_out(part[..., :width]), total.to(torch.float32).contiguous()
     out, lse = output_like(query, value[..., :width])
     if chosen is not None:
         _attend_gathered(attend, linear, chosen, (query, key, value), tensors, (out, lse))
