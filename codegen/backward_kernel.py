@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from codegen.backward_file import backward_name, backward_source, reason_against_backward
-from codegen.cache import load, store
+from codegen.cache import store
 from codegen.compilation import CompiledKernel, capability_of, compile_backward
+from codegen.emitted_kernel import EmittedKernel
 from codegen.kernel_reads import Owner
 from codegen.tiles import BackwardTiles
 from rewrite.ir.errors import RewriteError
@@ -20,23 +19,8 @@ from rewrite.ir.operations import Attend
 
 
 @dataclass(frozen=True)
-class BackwardKernel:
-    """The emitted backward kernels of an operation.
-
-    name: of the pair; the functions are ``<name>_queries`` and ``<name>_keys``, for what their programs own. site: the sites they were
-    made for, joined by ", ". passes: what shaped them. path: the file, source: its text. attend_json: the operation.
-    """
-
-    name: str
-    site: str
-    passes: tuple[str, ...]
-    path: Path
-    source: str
-    attend_json: str
-
-    def load(self) -> ModuleType:
-        """The module in `path`: both kernels and ``launch``. Raises `RewriteError` where the file is not what was emitted."""
-        return load(self.path)
+class BackwardKernel(EmittedKernel):
+    """The emitted backward kernels of an operation, ``<name>_queries`` and ``<name>_keys``, for what their programs own."""
 
     def compile(
         self,
@@ -51,11 +35,10 @@ class BackwardKernel:
 
         tiles: by default the table's. Other arguments and errors are those of `codegen.kernel.Kernel.compile`.
         """
-        attend = Attend.from_json(self.attend_json)
         return compile_backward(
             self.load(),
             self.name,
-            attend,
+            self.attend,
             capability=capability_of(target),
             dtype=dtype,
             head_dim=head_dim,

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Literal
 
 import torch
 
-from codegen.cache import load, store
+from codegen.cache import store
 from codegen.compilation import CompiledKernel, capability_of, compile_kernel
 from codegen.emitted_file import kernel_name, streaming_source
+from codegen.emitted_kernel import EmittedKernel
 from codegen.split_keys import reason_against_split
 from codegen.tiles import Tile
 from rewrite.ir.errors import RewriteError
@@ -23,24 +22,10 @@ Form = Literal["whole", "split", "join"]
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """An emitted kernel.
+class Kernel(EmittedKernel):
+    """An emitted kernel that streams over keys, `name` being its function's. values: as of a `codegen.streaming.StreamingKernel`."""
 
-    name: of its function. site: the sites it was made for, joined by ", ". passes: what shaped it. path: the file, source: its text.
-    attend_json: the operation, what `rewrite::attend` is called with. values: as of a `codegen.streaming.StreamingKernel`.
-    """
-
-    name: str
-    site: str
-    passes: tuple[str, ...]
-    path: Path
-    source: str
-    attend_json: str
     values: bool = True
-
-    def load(self) -> ModuleType:
-        """The module in `path`: the kernel under `name` and ``launch``. Raises `RewriteError` where the file is not what was emitted."""
-        return load(self.path)
 
     def compile(
         self,
@@ -59,14 +44,13 @@ class Kernel:
         table's. form: the kernel of whole tiles, or the "split" walk and its "join", see `codegen.split_kernel`.
         Raises `RewriteError` for an unknown target or dtype, a form that there is not, or under TRITON_INTERPRET.
         """
-        attend = Attend.from_json(self.attend_json)
-        reason = None if form == "whole" else reason_against_split(attend)
+        reason = None if form == "whole" else reason_against_split(self.attend)
         if reason is not None:
             raise RewriteError(f"{self.name} has no form {form!r}: {reason}")
         return compile_kernel(
             self.load(),
             self.name if form == "whole" else f"{self.name}_{form}",
-            attend,
+            self.attend,
             capability=capability_of(target),
             dtype=dtype,
             head_dim=head_dim,

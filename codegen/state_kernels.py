@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 
 import torch
 
 from codegen.backward_block import reached
-from codegen.cache import load, store
+from codegen.cache import store
 from codegen.compilation import CompiledKernel, capability_of, compile_state
+from codegen.emitted_kernel import EmittedKernel
 from codegen.state_file import state_name, state_source
 from codegen.state_gradients import gradient_forms, gradients_through_state
 from codegen.state_tiles import StateTile
@@ -21,24 +20,10 @@ from rewrite.ir.operations import Attend
 
 
 @dataclass(frozen=True)
-class StateKernel:
-    """The emitted kernels that compute an operation through its state.
-
-    name: what their names begin with; the functions are ``<name>_states``, ``<name>_outputs`` and, where the state grows, ``<name>_carry``.
-    site: the sites they were made for, joined by ", ". passes: what shaped them. path: the file, source: its text. attend_json: the
-    operation.
+class StateKernel(EmittedKernel):
+    """The emitted kernels that compute an operation through its state: ``<name>_states``, ``<name>_outputs`` and, where the state grows,
+    ``<name>_carry``.
     """
-
-    name: str
-    site: str
-    passes: tuple[str, ...]
-    path: Path
-    source: str
-    attend_json: str
-
-    def load(self) -> ModuleType:
-        """The module in `path`: the kernels and ``launch``. Raises `RewriteError` where the file is not what was emitted."""
-        return load(self.path)
 
     def compile(
         self,
@@ -55,7 +40,7 @@ class StateKernel:
         return compile_state(
             self.load(),
             self.name,
-            Attend.from_json(self.attend_json),
+            self.attend,
             capability=capability_of(target),
             dtype=dtype,
             head_dim=head_dim,
