@@ -57,7 +57,7 @@ def vision(model: str, **sizes: int) -> Callable[[], tuple[nn.Module, Inputs]]:
         import transformers
 
         torch.manual_seed(0)
-        config = getattr(transformers, f"{model}Config")(**DEIT_S, **sizes)
+        config = getattr(transformers, f"{model}Config")(**{**DEIT_S, **sizes})
         return getattr(transformers, f"{model}Model")(config).eval(), {
             "pixel_values": torch.randn(1, 3, config.image_size, config.image_size)
         }
