@@ -18,6 +18,8 @@ from synthetic_sites import SITES
 from rewrite.ir import PHASES, Fits, Pass, Program, available_passes
 
 PAGE = Path(__file__).parents[1] / "docs" / "passes.md"
+# Written by benchmarks/linear_cpu.py.
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "linear_cpu.md"
 
 
 def page() -> str:
@@ -38,6 +40,19 @@ def _summary(cls: type[Pass]) -> str:
     return (inspect.getdoc(sys.modules[cls.__module__]) or "").split("\n\n")[0]
 
 
+def _pays(name: str) -> str:
+    """From which length on a pass was measured to be faster, by setting and kind of site; empty where it was not measured."""
+    found, kind = [], ""
+    for line in MEASURED.read_text().splitlines():
+        if line.startswith("## "):
+            kind = line[3:].split(",")[0].lower()
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].split("(")[0] == name and len(cells) > 3:
+            pays = cells[-2] if cells[-2].endswith("tokens") else "no length that was tried"
+            found.append(f"{kind}, `{cells[0]}` from {pays}" if pays[0].isdigit() else f"{kind}, `{cells[0]}` at {pays}")
+    return "; ".join(found)
+
+
 def _section(cls: type[Pass]) -> Iterator[str]:
     yield f"## {cls.name}"
     yield ""
@@ -47,6 +62,9 @@ def _section(cls: type[Pass]) -> Iterator[str]:
     identity = cls.identity()
     yield f"- Changes nothing at: {'no setting' if identity is None else f'`{identity}`'}"
     yield f"- Fits: {_fits(cls.fits)}"
+    pays = _pays(cls.name)
+    if pays:
+        yield f"- Faster than PyTorch's fused attention on a CPU: {pays} ([measured](../benchmarks/results/linear_cpu.md))"
     if cls.excludes:
         yield f"- Not together with: {', '.join(f'`{name}`' for name in cls.excludes)}"
     yield ""
