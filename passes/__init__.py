@@ -12,6 +12,7 @@ from passes.prune.cls_prune import ClsPrune
 from passes.prune.diverse import Diverse
 from passes.prune.evit import EViT
 from passes.prune.fastv import FastV
+from passes.prune.merge import ToMe
 from passes.prune.pyramid import PyramidDrop
 from passes.prune.token_exit import TokenExit
 from passes.redistribute.calibrate import Calibrate
@@ -56,6 +57,7 @@ __all__ = [
     "SinkRedistribution",
     "Sparsifiner",
     "Temperature",
+    "ToMe",
     "TokenExit",
     "Window",
 ]

@@ -101,7 +101,7 @@ class Rewriter:
         program = recognition.program
         for one in self.passes:
             program = one.apply(program)
-        return program if self.gate is None else self.gate.through(program, recognition)
+        return (program if self.gate is None else self.gate.through(program, recognition)).sized()
 
     def lowering(self, *arguments: Any) -> ProgramLowering:
         """What brings the program into the graph."""

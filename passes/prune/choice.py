@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewrite.ir import CHANGES_NOTHING, Count, Fits, Program, Received, Select, Site, first_layer
+from rewrite.ir import CHANGES_NOTHING, Count, Fits, Merge, Program, Received, Select, Site, first_layer
 
 # A later call reads its prompt's tokens from the KV cache: they were chosen when the prompt ran.
 CHOSEN_BEFORE = f"its visual tokens were chosen when the prompt ran, and going on from its KV cache {CHANGES_NOTHING}"
@@ -13,7 +13,7 @@ def keeps_all(by: str) -> str:
     return f"{by} keeps every token, which {CHANGES_NOTHING}"
 
 
-def applied(program: Program, fits: Fits, stack: int, selections: tuple[Select, ...] | str, by: str) -> Program:
+def applied(program: Program, fits: Fits, stack: int, selections: tuple[Select, ...] | tuple[Merge, ...] | str, by: str) -> Program:
     """The selections put into one stack of a program, or why they are not (a reason, or a later site that cannot follow).
 
     Every site of the stack is told: touched where it sees fewer tokens or is read, declined elsewhere. Tokens cannot leave some of the
@@ -24,7 +24,7 @@ def applied(program: Program, fits: Fits, stack: int, selections: tuple[Select, 
     otherwise, touched = selections if isinstance(selections, str) else "", tuple[Site, ...]()
     if not isinstance(selections, str):
         first = min(map(first_layer, selections))
-        read = {name for one in selections if isinstance(one.rule, Received) for name in one.rule.sites}
+        read = {name for one in selections for name in _sites_read(one)}
         touched = tuple(site for site in sites if site.layer >= first or site.name in read)
         blocking = next((site for site in touched if against[site.name] is not None), None)
         if blocking is not None:
@@ -36,6 +36,12 @@ def applied(program: Program, fits: Fits, stack: int, selections: tuple[Select, 
         if site not in touched:
             program = program.with_declined(site, by, against[site.name] or otherwise)
     return program.with_selections(selections, touched) if touched and not isinstance(selections, str) else program
+
+
+def _sites_read(one: Select | Merge) -> tuple[str, ...]:
+    if isinstance(one, Merge):
+        return (one.site,)
+    return one.rule.sites if isinstance(one.rule, Received) else ()
 
 
 def stacks(program: Program) -> list[int]:

@@ -64,7 +64,7 @@ from rewrite.ir.operations import (
 from rewrite.ir.passes import CHANGES_NOTHING, PHASES, AttentionInputs, Family, Fits, Pass, parameter
 from rewrite.ir.program import Program
 from rewrite.ir.registry import as_passes, available_passes, parse_pass, pass_class, register_pass
-from rewrite.ir.selection import Count, Exit, Received, Select, Spread, first_layer
+from rewrite.ir.selection import LOG_SIZE, Count, Exit, Merge, Received, Select, Spread, first_layer
 from rewrite.ir.site import Site, TokenLayout
 
 __all__ = [
@@ -102,7 +102,9 @@ __all__ = [
     "I",
     "Indices",
     "J",
+    "LOG_SIZE",
     "MeanProduct",
+    "Merge",
     "MergeTokens",
     "ModelCallError",
     "NoAttentionError",

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from rewrite.ir.selection import Exit, Select, TokenOperation, first_layer
+from rewrite.ir.errors import NotApplicableError
+from rewrite.ir.expression import B, J, read
+from rewrite.ir.operations import Attend
+from rewrite.ir.selection import LOG_SIZE, Exit, Merge, Select, TokenOperation, first_layer
 from rewrite.ir.site import Site
 
 
 @dataclass(frozen=True)
 class Program:
-    """Sites in program order and token operations: visual tokens that leave (exits), tokens that are chosen among (selections).
+    """Sites in program order and token operations: visual tokens that leave (exits), tokens that are chosen among or
+    merged (selections).
 
     touched: (site name, pass text) for every site that a pass rewrote. declined: (site name, pass text, reason).
     """
 
     sites: tuple[Site, ...]
     exits: tuple[Exit, ...] = ()
-    selections: tuple[Select, ...] = ()
+    selections: tuple[Select | Merge, ...] = ()
     touched: tuple[tuple[str, str], ...] = field(default=())
     declined: tuple[tuple[str, str, str], ...] = field(default=())
 
@@ -33,7 +37,7 @@ class Program:
         left = tuple(replace(site, layout=replace(site.layout, visual=False)) if site.name in names else site for site in self.sites)
         return replace(self, sites=left, exits=(*self.exits, exit_), touched=self.touched + touched)
 
-    def with_selections(self, selections: tuple[Select, ...], sites: tuple[Site, ...]) -> Program:
+    def with_selections(self, selections: tuple[Select | Merge, ...], sites: tuple[Site, ...]) -> Program:
         """This program with more selections of one pass in one stack, which change the given sites or read them.
 
         Where tokens have left, the others lie on no grid any more.
@@ -48,6 +52,29 @@ class Program:
         """What becomes of the tokens of a stack (of all stacks), in the order in which they meet it."""
         named: tuple[TokenOperation, ...] = (*self.selections, *self.exits)
         return tuple(sorted((one for one in named if stack in (None, one.stack)), key=lambda one: (one.stack, one.layer, first_layer(one))))
+
+    def sized(self) -> Program:
+        """This program with every site behind a proportional merge counting its keys by their size: log(size) is added to its score.
+
+        It is done behind all passes, so that none of them takes it for the model's own. Raises `NotApplicableError` for a site that passes
+        made something else of than one softmax attention.
+        """
+        merges = [one for one in self.selections if isinstance(one, Merge) and one.proportional]
+        return replace(self, sites=tuple(self._sized(site, merges) for site in self.sites))
+
+    def _sized(self, site: Site, merges: list[Merge]) -> Site:
+        before = [one for one in merges if one.stack == site.stack and first_layer(one) <= site.layer]
+        if not before:
+            return site
+        attend = site.body.operations[0]
+        if len(site.body.operations) != 1 or not isinstance(attend, Attend) or attend.normaliser != "softmax" or attend.score_mix:
+            others = ", ".join(by for by in self.passes_of(site) if by != before[0].by)
+            raise NotApplicableError(
+                f"{site.name}: {others} makes something else of it than one softmax attention, in which {before[0].by} has no place for "
+                "the sizes of merged tokens; use one of them, or proportional=False"
+            )
+        sized = replace(site, operands=(*site.operands, LOG_SIZE))
+        return sized.with_operations(replace(attend, score=attend.score + read(LOG_SIZE, B, J)))
 
     def with_declined(self, site: Site, by: str, reason: str) -> Program:
         """This program, noting why a pass left a site alone."""

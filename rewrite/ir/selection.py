@@ -85,9 +85,35 @@ class Select:
     fuse: bool = False
 
 
-TokenOperation = Exit | Select
+@dataclass(frozen=True)
+class Merge:
+    """Tokens that are alike are merged between the attention and the MLP of one layer of a stack (ToMe, Bolya et al. 2023).
+
+    The tokens at even places are matched with those at odd ones by the cosine of the keys of `site`, averaged over heads; the closest
+    `count` pairs, at most (N - prefix) // 2 of N tokens, become the mean of the patches that they stand for. Left are the other even
+    tokens, then the odd ones; the first `prefix` are never merged. proportional: the attention of later layers has log(size) of each key
+    added to its score (`sized`). Where a token-shaped tensor is read in full, each place holds the token that it went into.
+    """
+
+    stack: int
+    layer: int
+    site: str
+    count: int
+    prefix: int
+    proportional: bool
+    by: str
+
+    def number(self, present: int) -> int:
+        """How many tokens are merged away, of `present` with the prefix."""
+        return max(0, min(self.count, (present - self.prefix) // 2))
+
+
+TokenOperation = Exit | Select | Merge
+
+# The operand of a site behind a merge: log of the number of patches that each key stands for, [B, Nk].
+LOG_SIZE = "log_size"
 
 
 def first_layer(operation: TokenOperation) -> int:
     """The first layer whose attention does not see every token any more."""
-    return operation.layer + (isinstance(operation, Select) and operation.place == "between")
+    return operation.layer + (isinstance(operation, Merge) or (isinstance(operation, Select) and operation.place == "between"))

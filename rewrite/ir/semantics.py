@@ -44,7 +44,7 @@ from rewrite.ir.operations import (
     VisualGroups,
 )
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Exit, Spread, TokenOperation, first_layer
+from rewrite.ir.selection import Exit, Merge, Spread, TokenOperation, first_layer
 from rewrite.ir.site import Site
 from rewrite.ir.site_operations import (
     depthwise_conv,
@@ -256,6 +256,8 @@ def _leaving(
     """bool [B, Nk]: which of the visual tokens `present` leave; `every`: of those there were at the start."""
     if isinstance(one, Exit):
         return present
+    if isinstance(one, Merge):
+        raise ValueError(f"tokens of {site.name} are merged by the keys of {one.site}")
     number = one.count.number(int(present[0].sum()), int(every[0].sum()))
     if isinstance(one.rule, Spread):
         if site.layer != one.layer:

@@ -29,6 +29,7 @@ from rewrite.ir.operations import (
 )
 from rewrite.ir.site import Site
 from rewrite.lower import functions
+from rewrite.lower.cursor import Cursor
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.region import Region, SizeOf
 
@@ -87,6 +88,24 @@ def lower_statistic(graph: fx.Graph, statistic: Statistic, region: Region, copie
     graph.erase_node(at)
     _trace_new(graph, old, region)
     return values[statistic.result]
+
+
+def lower_operand(at: Cursor, region: Region, name: str) -> fx.Node:
+    """An operand of a region, as the IR lays it out, at the cursor."""
+    old = set(at.graph.nodes)
+    marker = at.call(operator.getitem, ((0,), 0))
+    with at.graph.inserting_before(marker):
+        result = _operand(at.graph, region, name, region.operands()[name].node)
+    at.last = marker.prev
+    at.graph.erase_node(marker)
+    _trace_new(at.graph, old, region)
+    return result
+
+
+def traced(node: fx.Node) -> fx.Node:
+    """The node, with the value that its inputs' traced values make."""
+    _trace(node)
+    return node
 
 
 def _operand(graph: fx.Graph, region: Region, name: str, node: fx.Node) -> fx.Node:

@@ -15,6 +15,7 @@ import codegen
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Program
+from rewrite.ir.selection import LOG_SIZE
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
@@ -138,6 +139,8 @@ class ProgramLowering:
         for name, node in (("hidden", entry.stream), ("input", entry.projected)):
             if name in _reads(site.body) and node is not None:
                 given[name] = node
+        if LOG_SIZE in _reads(site.body):
+            given[LOG_SIZE] = self.selections.sizes.stand_in(entry)
         self.lowered.add(site.name)
         lowered = self.put(entry, site, given)
         if groups:

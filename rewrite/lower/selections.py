@@ -9,22 +9,21 @@ import math
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Statistic
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Exit, Received, Select, TokenOperation, first_layer
+from rewrite.ir.selection import Exit, Merge, Received, Select, TokenOperation, first_layer
+from rewrite.lower.cursor import Cursor, Number
 from rewrite.lower.lowering import lower_statistic
+from rewrite.lower.merging import Merged, Sizes, merge_tokens
 from rewrite.recognise.operators import canonical, hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.tokens import choose, rules
 from rewrite.tokens.gather import gather_tokens, kept_positions
 from rewrite.tokens.placement import Selection
-
-Number = int | fx.Node
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,27 @@ class Selections:
         self.seeds: dict[fx.Node, dict[int, Selection]] = {}
         self.kept: dict[fx.Node, int] = {}
         self.gone: dict[str, int] = {}
+        self.sizes = Sizes(graph)
         self._cut: dict[fx.Node, fx.Node] = {}
         self._places = {one: self._place(one) for stack in self._stacks() for one in self._operations(stack)}
 
     def run(self) -> None:
         """Cut every stack where tokens leave it."""
         for stack in self._stacks():
+            if any(isinstance(one, Merge) for one in self._operations(stack)):
+                self._merge(stack)
+                continue
             left: Left | None = None
             for one in self._operations(stack):
+                assert not isinstance(one, Merge)
                 entry, stream = self._places[one]
                 left = self._leave(one, entry, stream, left or self._all(entry, stream, one))
                 whole = hinted_shape(stream)[1]
                 self.gone.update(
                     (found.site.name, whole - left.hints[0]) for found in self._entries(stack) if found.site.layer >= first_layer(one)
                 )
+
+        self.sizes.put()
 
     def shortened(self) -> Iterable[Found]:
         """The sites that some tokens left in front of."""
@@ -85,7 +91,7 @@ class Selections:
     def _operations(self, stack: int) -> list[TokenOperation]:
         """The operations of a stack; in a call without visual tokens in it (a step of decoding) none of these can leave."""
         merged = any(entry.merge is not None for entry in self._entries(stack))
-        patches = (one for one in self.program.token_operations(stack) if isinstance(one, Select) and one.candidates == "patches")
+        patches = (one for one in self.program.token_operations(stack) if isinstance(one, Merge) or _of_patches(one))
         return list(self.program.token_operations(stack) if merged else patches)
 
     def _entries(self, stack: int) -> list[Found]:
@@ -99,7 +105,7 @@ class Selections:
         if entry is None:
             raise NotApplicableError(f"{one.by}: layer {one.layer} is in another graph of the call, so no token can leave there")
         stream = entry.stream
-        if stream is not None and isinstance(one, Select) and one.place == "between":
+        if stream is not None and (isinstance(one, Merge) or (isinstance(one, Select) and one.place == "between")):
             stream = _behind_residual(entry, stream)
         if stream is None:
             raise NotApplicableError(f"{entry.site.name}: the residual stream was not found there, so no token can leave ({one.by})")
@@ -126,7 +132,28 @@ class Selections:
         count = math.prod(hinted_shape(merge.source)[:-1]) // batch
         return Left(None, length, length, visual, visual, (tokens, count, count))
 
-    def _leave(self, one: TokenOperation, entry: Found, stream: fx.Node, left: Left) -> Left:
+    def _merge(self, stack: int) -> None:
+        """Merge tokens of one stack, layer by layer."""
+        left: Merged | None = None
+        for one in self._operations(stack):
+            entry, stream = self._places[one]
+            if not isinstance(one, Merge):
+                raise NotApplicableError(f"{entry.site.name}: tokens are merged in its stack, of which {one.by} would have to choose some")
+            users = [user for user in stream.users if user.op != "output"]
+            at = Cursor(self.graph, self._behind_inputs(max(stream, entry.region.key.node)))
+            if left is None:
+                left = Merged(None, at.call_method("size", (stream, 1)), None, hinted_shape(stream)[1])
+            cut, left, short = merge_tokens(one, entry, stream, left, self._entries(stack), self.sizes, at)
+            cut.meta.update({key: stream.meta[key] for key in ("example_value", "nn_module_stack") if key in stream.meta})
+            for user in users:
+                user.replace_input_with(stream, cut)
+            assert left.selection is not None
+            self.seeds.update({node: {1: selection} for node, selection in short.items()})
+            self.kept[left.selection.positions] = left.hint
+            gone = hinted_shape(stream)[1] - left.hint
+            self.gone.update((found.site.name, gone) for found in self._entries(stack) if found.site.layer >= first_layer(one))
+
+    def _leave(self, one: Exit | Select, entry: Found, stream: fx.Node, left: Left) -> Left:
         """Cut the residual stream to the tokens that stay."""
         users = [user for user in stream.users if user.op != "output" and user not in _numbers(left)]
         current = self._cut.get(stream, stream)
@@ -138,7 +165,7 @@ class Selections:
         needed = [node for node in (current, score, *_numbers(left)) if node is not None]
         if isinstance(one, Exit) or one.candidates == "visual":
             needed.append(self.visual(entry))
-        at = _Cursor(self.graph, self._behind_inputs(max(needed)))
+        at = Cursor(self.graph, self._behind_inputs(max(needed)))
         if isinstance(one, Select) and one.candidates == "patches":
             after = self._patches(one, entry, left, current, score, at)
         else:
@@ -159,7 +186,7 @@ class Selections:
         self.kept[left.positions] = left.hints[0]
         return left
 
-    def _patches(self, one: Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: _Cursor) -> tuple[fx.Node, Left]:
+    def _patches(self, one: Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor) -> tuple[fx.Node, Left]:
         """Places of the patches that stay among the tokens of `current`, and what is left then."""
         prefix, tokens = entry.site.layout.prefix, left.hints[0]
         present = at.combine(operator.sub, left.kept, prefix)
@@ -172,7 +199,7 @@ class Selections:
         return chosen, Left(positions, left.length, kept, 0, 0, (prefix + hint + one.fuse, 0, 0), left.fused or one.fuse)
 
     def _visual(
-        self, one: TokenOperation, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: _Cursor
+        self, one: Exit | Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor
     ) -> tuple[fx.Node, Left]:
         """Places of the text and of the visual tokens that stay among the tokens of `current`, and what is left then."""
         tokens, present, every = left.hints
@@ -241,7 +268,7 @@ class Selections:
                     needed.add(previous)
                     stack.append(previous)
         copies = {stream: current}
-        at = _Cursor(self.graph, self._behind_inputs(current))
+        at = Cursor(self.graph, self._behind_inputs(current))
         for node in sorted(node for node in needed if node > stream):
             if rules.in_place(node) or rules.name_of(node) == "setitem":
                 raise NotApplicableError(f"{one.by} reads the attention of {entry.site.name} ahead of it, and {node.name} writes there")
@@ -253,30 +280,8 @@ class Selections:
         return [other for other in self.graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node
 
 
-class _Cursor:
-    """Inserts nodes one behind the other."""
-
-    def __init__(self, graph: fx.Graph, after: fx.Node) -> None:
-        self.graph, self.last = graph, after
-
-    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> fx.Node:
-        with self.graph.inserting_after(self.last):
-            self.last = self.graph.call_function(function, arguments)
-        return self.last
-
-    def call_method(self, name: str, arguments: tuple[Any, ...]) -> fx.Node:
-        with self.graph.inserting_after(self.last):
-            self.last = self.graph.call_method(name, arguments)
-        return self.last
-
-    def copy(self, node: fx.Node, copies: dict[fx.Node, fx.Node]) -> fx.Node:
-        with self.graph.inserting_after(self.last):
-            self.last = self.graph.node_copy(node, lambda given: copies.get(given, given))
-        return self.last
-
-    def combine(self, function: Callable[[Any, Any], Any], first: Number, second: Number) -> Number:
-        both = isinstance(first, int) and isinstance(second, int)
-        return function(first, second) if both else self.call(function, (first, second))
+def _of_patches(one: TokenOperation) -> bool:
+    return isinstance(one, Select) and one.candidates == "patches"
 
 
 def _numbers(left: Left) -> list[fx.Node]:

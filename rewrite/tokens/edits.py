@@ -38,7 +38,12 @@ def insert_gather_call(like: fx.Node, value: fx.Node, axis: int, positions: fx.N
 
 
 def insert_restore_call(like: fx.Node, value: fx.Node, axis: int, selection: Selection, place: Placement) -> fx.Node:
-    """A tensor of the full length on `axis`, with the tokens of `value` in place, at the insertion point."""
+    """A tensor of the full length on `axis`, with the tokens of `value` in place, at the insertion point.
+
+    Where tokens were merged, each place has the token that holds it.
+    """
+    if selection.holders is not None:
+        return insert_gather_call(like, value, axis, selection.holders, place)
     layout = {"batch_axis": place.batch, "rows": place.rows, **({"fused": True} if selection.fused else {})}
     return insert_call(like, scatter_tokens, (value, selection.positions, axis, selection.length), layout, traced=example(value))
 

@@ -24,6 +24,9 @@ def refuse(node: fx.Node, reason: str, advice: str) -> NoReturn:
     raise NotApplicableError(f"tokens cannot be dropped before {where}: {reason}; {advice}")
 
 
+_WITHOUT = {"fused": "select without fusing", "merged": "merge in other layers"}
+
+
 class Operands:
     """Where every tensor of a graph has its tokens, and the nodes that were inserted to bring operands together."""
 
@@ -64,11 +67,12 @@ class Operands:
             refuse(
                 node, f"operand {value.name} has all tokens and no axis for the batch, whose rows kept different ones", "select after it"
             )
-        if any(selected[operand.labels[missing + axis]].fused for axis in axes):
+        made = next((how for axis in axes if (how := selected[operand.labels[missing + axis]].made)), None)
+        if made:
             refuse(
                 node,
-                f"operand {value.name} has an entry for every token of the model's own, and none for tokens that were fused",
-                "select without fusing",
+                f"operand {value.name} has an entry for every token of the model's own, and none for tokens that were {made}",
+                _WITHOUT[made],
             )
         at = None if batch is None else operand.labels.index(batch)
         lift = missing if at is not None and at < missing else 0
@@ -102,8 +106,9 @@ class Operands:
                 lengths.append(full_size(operand.node, operand.node, axis, self.placements))
                 kepts.append(lengths[-1])
                 key.append(shape_of(operand.node)[axis])
-        if any(selection.fused for selection in selected.values()):
-            refuse(flow.operands[0].node, "other tokens are joined with ones of which some were fused", "select without fusing")
+        made = next((selection.made for selection in selected.values() if selection.made), None)
+        if made:
+            refuse(flow.operands[0].node, f"other tokens are joined with ones of which some were {made}", _WITHOUT[made])
         if tuple(key) not in self.joined:
             positions = insert_call(flow.operands[0].node, join_positions, (parts, lengths))
             length, kept = (combine(positions, operator.add, sizes) for sizes in (lengths, kepts))
@@ -120,7 +125,7 @@ class Operands:
             return None
         shape = shape_of(operand.node)
         (axis, selection), *_ = place.axes.items()
-        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1 and not selection.fused:
+        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1 and not selection.made:
             assert place.batch is not None
             if selection.positions not in self.flat:
                 rows = full_size(operand.node, operand.node, place.batch, self.placements)
@@ -142,7 +147,7 @@ class Operands:
         return self.gathered[key]
 
     def restore(self, node: fx.Node, value: fx.Node) -> None:
-        """Put the dropped tokens of an operand back as zeros, on all its axes."""
+        """Put the dropped tokens of an operand back as zeros, on all its axes; merged ones as copies, with which all goes on as it was."""
         place = self.placements.get(value)
         if place is None or not place.axes:
             return
@@ -153,6 +158,8 @@ class Operands:
             for axis, selection in place.axes.items():
                 full = insert_restore_call(node, full, axis, selection, place)
             self.restored[value] = full
-            self.placements[full] = Placement(restored=place.restored | set(place.axes))
+            zeros = place.restored | {axis for axis, selection in place.axes.items() if selection.holders is None}
+            if zeros:
+                self.placements[full] = Placement(restored=zeros)
         full = self.restored[value]
         node.replace_input_with(value, full)

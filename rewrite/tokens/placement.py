@@ -19,6 +19,8 @@ from torch import fx
 class Selection:
     """The tokens of one axis that are left.
 
+    holders: where tokens were merged, int64 [B, length]: which of the tokens that are left each one of the axis went into.
+
     Two selections are the same where their `positions` are the same node.
     """
 
@@ -26,6 +28,12 @@ class Selection:
     length: int | fx.Node  # how many the axis had
     kept: int | fx.Node  # K
     fused: bool = False  # some positions are `length`: tokens that were made of several, and are none of the axis
+    holders: fx.Node | None = None
+
+    @property
+    def made(self) -> str | None:
+        """How tokens were made of several, in a word; None where each is one of the axis."""
+        return "fused" if self.fused else "merged" if self.holders is not None else None
 
 
 @dataclass(frozen=True)

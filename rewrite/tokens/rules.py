@@ -82,9 +82,11 @@ PIECES: MappingProxyType[str, tuple[int, int | None]] = MappingProxyType(
 TRIANGLES = frozenset({"tril", "triu"})
 
 # the engine's own choice of tokens: they take tensors with the tokens that are left, and give places among these
-CHOICES = frozenset({"attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread"})
+CHOICES = frozenset(
+    {"attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread", "matched"}
+)
 # what it cuts a stream with: the result has the tokens that were chosen
-CUTS = frozenset({"gather_tokens", "fused_tokens"})
+CUTS = frozenset({"gather_tokens", "fused_tokens", "merged_tokens"})
 
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
 

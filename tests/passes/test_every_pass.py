@@ -55,6 +55,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "token_exit": ("token_exit(layer=0)", "token_exit(layer=4)", "token_exit(layer=6)"),
     "evit": ("evit(keep=0.5, layers=(3,))", "evit(layers=(3,), fuse=False)", "evit(keep=0.99, layers=(2, 3))"),
     "fastv": ("fastv(layer=4)", "fastv(layer=4, drop=0.9)", "fastv(layer=6)"),
+    "merge": ("merge(r=5, layers=(3,))", "merge(layers=(3,), proportional=False)", "merge(r=4, layers=(2, 3))"),
     "pyramid": ("pyramid(layers=(3,))", "pyramid(layers=(0,), keep=0.25)", "pyramid(layers=(2, 3))"),
     "diverse": ("diverse(keep=0.5)", "diverse(keep=3)"),
     "cls_prune": ("cls_prune(keep=0.5)", "cls_prune(keep=3)"),

@@ -51,6 +51,14 @@ def test_the_language_model_is_scored_by_its_own_attention_or_by_the_tower() -> 
     assert one.rule == Received(("tower.1", "tower.2"), (0, 1))
 
 
+def test_sites_behind_a_merge_count_keys_by_their_size() -> None:
+    program = parse_pass("merge(r=5, layers=(1, 2))").apply(WHOLE)
+    assert [(one.layer, one.number(73), one.number(9)) for one in program.selections] == [(1, 5, 4), (2, 5, 4)]
+    sized = program.sized()
+    assert ["log_size[b, j]" in str(site.attend) for site in sized.sites] == [False, False, True, True, False, False, False, False]
+    assert parse_pass("merge(proportional=False)").apply(WHOLE).sized().sites[3].body == TOWER[3].body
+
+
 @pytest.mark.parametrize(
     ("text", "program", "name", "told"),
     [
@@ -63,6 +71,10 @@ def test_the_language_model_is_scored_by_its_own_attention_or_by_the_tower() -> 
             "tower.2",
             "tower.3 too, and there its attention dropout",
         ),
+        ("merge(layers=(1, 9))", WHOLE, "tower.2", "no layer 9"),
+        ("merge", Program(TOWER[1:]), "tower.2", "no layer 0"),
+        ("merge", Program((*TOWER[:3], replace(TOWER[3], body=SITES["grid, mask"].body))), "tower.2", "tower.3 is masked"),
+        ("merge", Program((*TOWER[:3], replace(TOWER[3], body=SITES["grid, bias"].body))), "tower.2", "tower.3 reads bias by position"),
         ("fastv(layer=4)", WHOLE, "text.3", "stack has 4 layers"),
         ("fastv", Program(TEXT[2:]), "text.2", "layer 1, whose attention is read, is in another graph"),
         ("fastv", Program(stack(1, "text", 4, cached=True, dims={**TEXT[0].dims, "Nq": 1})), "text.2", "changes nothing"),
@@ -92,6 +104,7 @@ def test_what_another_site_chose_is_not_guessed() -> None:
     [
         "evit(keep=0.0)",
         "evit(layers=())",
+        "merge(r=-1)",
         "fastv(layer=0)",
         "fastv(drop=1.0)",
         "pyramid(layers=())",

@@ -1,0 +1,91 @@
+"""ToMe: a vision transformer merges, in every layer, the tokens that are most alike.
+
+Bolya et al. 2023, "Token Merging: Your ViT But Faster". Between attention and MLP of each layer, with N tokens there:
+
+    metric    the layer's keys, averaged over heads; tokens at even places are matched with those at odd places by its cosine
+    match     each even token has one best odd token; the min(r, (N - prefix) // 2) closest pairs are merged
+    merge     x_odd = sum_t s_t x_t / sum_t s_t  over the odd token and those that went into it,  s the number of patches a token stands for
+    order     the even tokens that are left, in their order, then the odd ones
+    later     softmax(q k^T / sqrt(d) + log s): a key counts as often as the patches that it stands for
+
+CLS, and what stands beside it, is never merged. Where token-shaped results are read behind the last layer (dense heads), each place gets
+its merged token's value; the authors' model would return fewer tokens. Works without training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import sympy
+import torch
+
+from passes import layers as layers_
+from passes.prune import choice
+from rewrite.ir import CHANGES_NOTHING, AttentionInputs, Fits, I, J, Merge, Pass, Program, Site, parameter, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class ToMe(Pass):
+    """`r` tokens are merged away at each of `layers`, at most half of those that are there.
+
+    A stack without one of these layers is left alone, as is one whose attention is masked or biased by position: a merged token has none.
+    Models that pool over patches (a mean over tokens) or rotate keys by position are refused when they are rewritten.
+    """
+
+    name = "merge"
+    family = "prune"
+    paper = "Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman: Token Merging: Your ViT But Faster, ICLR 2023 (arXiv 2210.09461)"
+    formula = "x_b = sum_{t in b} s_t x_t / s_b, s_b = sum_{t in b} s_t; out = softmax(qk + log s) @ v"
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, cached=False)
+    # These score or weight the patches of the model, and merged tokens are several of them.
+    excludes = ("evit", "cls_prune", "cls_ensemble")
+
+    r: int = parameter(13, "tokens merged away at each layer; 0 changes nothing")
+    layers: tuple[int, ...] | None = parameter(None, "the layers, from 0, between whose attention and MLP tokens are merged; None is all")
+    proportional: bool = parameter(True, "later attention counts a merged token as often as the patches that it stands for")
+
+    def check(self) -> None:
+        self.require(self.r >= 0, "r", "at least 0")
+        self.require(layers_.are_layers(self.layers), "layers", layers_.RANGE)
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(r=0)
+
+    def apply(self, program: Program) -> Program:
+        for stack in choice.stacks(program):
+            program = choice.applied(program, self.fits, stack, self._merges(program, stack), str(self))
+        return program
+
+    def _merges(self, program: Program, stack: int) -> tuple[Merge, ...] | str:
+        """What is merged in one stack, or why nothing is."""
+        if self.r == 0:
+            return choice.keeps_all(str(self))
+        sites = [site for site in program.sites if site.stack == stack]
+        asked = tuple(range(max(site.depth for site in sites))) if self.layers is None else tuple(sorted(self.layers))
+        chosen = [choice.at_layer(program, stack, layer) for layer in asked]
+        missing = [layer for layer, site in zip(asked, chosen, strict=True) if site is None]
+        if missing:
+            return f"its stack has no layer {missing[0]} here, where tokens would be merged"
+        read = [site for site in chosen if site is not None]
+        blocking = next((site for site in sites if site.layer >= read[0].layer and _by_position(site)), None)
+        if blocking is not None:
+            return f"{blocking.name} {_by_position(blocking)}, and merged tokens have no one position"
+        if read[0].dims["Nk"] - read[0].layout.prefix < 2:
+            return f"it has fewer than two patches, so that merging {CHANGES_NOTHING}"
+        return tuple(Merge(stack, site.layer, site.name, self.r, site.layout.prefix, self.proportional, str(self)) for site in read)
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """Plain attention: at the layer where tokens are merged first, they are so behind it."""
+        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value
+
+
+def _by_position(site: Site) -> str | None:
+    """What a site's attention reads by the position of a token, in words that follow its name; None where it reads nothing so."""
+    attends = site.body.attends()
+    if any(attend.mask != sympy.true for attend in attends):
+        return "is masked"
+    read = [name for attend in attends for name, at in attend.tensors().items() if any({I, J} & index.free_symbols for index in at)]
+    return f"reads {read[0]} by position" if read else None

@@ -1,0 +1,75 @@
+"""Merges into a graph: the match by a layer's keys, the stream merged, and the sizes that later attention reads."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from rewrite.ir.selection import Merge, first_layer
+from rewrite.lower.cursor import Cursor
+from rewrite.lower.lowering import lower_operand, traced
+from rewrite.recognise.operators import value_of
+from rewrite.recognise.sites import Found
+from rewrite.tokens import choose, merging
+from rewrite.tokens.placement import Selection
+
+
+@dataclass
+class Merged:
+    """What became of a stack's tokens so far; sizes: of those that are left, None where none was merged."""
+
+    selection: Selection | None
+    length: fx.Node
+    sizes: fx.Node | None
+    hint: int
+
+
+@dataclass
+class Sizes:
+    """The operand `log_size` of the sites behind merges. Sites are lowered with a stand-in, before streams are cut."""
+
+    graph: fx.Graph
+    stand_ins: dict[str, fx.Node] = field(default_factory=dict)
+    logs: dict[str, fx.Node] = field(default_factory=dict)
+
+    def stand_in(self, entry: Found) -> fx.Node:
+        """[B, N] of zeros right behind the stream that enters the site's layer."""
+        assert entry.stream is not None
+        with self.graph.inserting_after(entry.stream):
+            node = traced(self.graph.call_function(merging.no_log_size, (entry.stream,)))
+        self.stand_ins[entry.site.name] = node
+        return node
+
+    def put(self) -> None:
+        """The sizes in the place of what stood in for them."""
+        for name, node in self.stand_ins.items():
+            node.replace_all_uses_with(self.logs[name])
+            self.graph.erase_node(node)
+
+
+def merge_tokens(
+    one: Merge, entry: Found, current: fx.Node, left: Merged, later: list[Found], sizes: Sizes, at: Cursor
+) -> tuple[fx.Node, Merged, Mapping[fx.Node, Selection]]:
+    """The stream `current` behind the attention of `entry` merged: it, what is left then, and what has fewer tokens now."""
+    key = lower_operand(at, entry.region, "key")
+    match = at.call(merging.matched, (key, one.prefix, one.count))
+    stays, merged, target = (at.call(operator.getitem, (match, part)) for part in range(3))
+    before = left.selection
+    positions = at.call(choose.composed_positions, (before.positions if before else None, stays, left.length, False))
+    holders = at.call(merging.composed_holders, (before.holders if before else None, stays, merged, target))
+    kept = at.call_method("size", (positions, 1))
+    selection = Selection(positions, left.length, kept, holders=holders)
+    counted = left.sizes or at.call(merging.ones_each, (current,))
+    cut = at.call(merging.merged_tokens, (current, counted, stays, merged, target))
+    after = at.call(merging.merged_sizes, (counted, stays, merged, target))
+    short = {cut: selection}
+    readers = [other.site.name for other in later if other.site.layer >= first_layer(one) and other.site.name in sizes.stand_ins]
+    if readers:
+        log = at.call(merging.log_size, (after,))
+        log.meta["example_value"] = value_of(sizes.stand_ins[readers[0]])
+        short[log] = selection
+        sizes.logs.update(dict.fromkeys(readers, log))
+    return cut, Merged(selection, left.length, after, left.hint - one.number(left.hint)), short

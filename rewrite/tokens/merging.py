@@ -1,0 +1,80 @@
+"""Tokens that are alike merged into one (Bolya et al. 2023, token merging): the match, the weighted mean, and sizes, at run time.
+
+Of N tokens r are merged away. A match is three tensors of int64: `stays` [B, N - r], the places of the tokens that stay, in the order that
+they have afterwards; `merged` [B, r], the places of the others; and `target` [B, r], which of those that stay each of these goes into.
+Sizes [B, N] say of how many tokens of the model's own each one is the mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from rewrite.tokens.gather import gather_tokens
+
+Match = tuple[Tensor, Tensor, Tensor]
+
+
+@torch.no_grad()
+def matched(key: Tensor, prefix: int, count: int) -> Match:
+    """The match of at most `count` tokens by their keys [B, H, N, D], even places with odd ones; none of the first `prefix`."""
+    metric = functional.normalize(key.to(_wide(key)).mean(1), dim=-1)
+    batch, tokens, _ = metric.shape
+    number = max(0, min(count, (tokens - prefix) // 2))
+    even, odd = metric[:, ::2], metric[:, 1::2]
+    scores = even @ odd.mT
+    scores[:, : (prefix + 1) // 2] = -torch.inf
+    scores[:, :, : prefix // 2] = -torch.inf
+    closest, best = scores.max(-1)
+    order = closest.argsort(dim=1, descending=True, stable=True)
+    gone, left = order[:, :number], order[:, number:].sort(dim=1).values
+    odds = torch.arange(odd.shape[1], device=key.device).expand(batch, -1)
+    return torch.cat([2 * left, 2 * odds + 1], 1), 2 * gone, best.gather(1, gone) + left.shape[1]
+
+
+def ones_each(stream: Tensor) -> Tensor:
+    """The sizes of tokens of which none was merged: stream [B, N, C] -> [B, N]."""
+    return torch.ones(stream.shape[:2], dtype=_wide(stream), device=stream.device)
+
+
+def merged_sizes(sizes: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
+    """The sizes [B, N - r] of the tokens that a match leaves, from sizes [B, N]."""
+    return _summed(sizes[..., None], stays, merged, target)[..., 0]
+
+
+def merged_tokens(stream: Tensor, sizes: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
+    """The tokens [B, N - r, C] that a match leaves: the mean, weighted by size, of each with those that go into it. stream [B, N, C]."""
+    total = _summed(stream.to(sizes.dtype) * sizes[..., None], stays, merged, target)
+    return (total / merged_sizes(sizes, stays, merged, target)[..., None]).to(stream.dtype)
+
+
+def composed_holders(before: Tensor | None, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
+    """[B, length]: which of the tokens that a match leaves holds each token of the model's own; `before`: which of those it was given."""
+    batch, left = stays.shape
+    into = stays.new_zeros((batch, left + merged.shape[1]))
+    into = into.scatter(1, stays, torch.arange(left, device=stays.device).expand(batch, -1)).scatter(1, merged, target)
+    return into if before is None else into.gather(1, before)
+
+
+def no_log_size(stream: Tensor) -> Tensor:
+    """[B, N]: log of the sizes of tokens of which none was merged."""
+    return ones_each(stream).log()
+
+
+def log_size(sizes: Tensor) -> Tensor:
+    """log of sizes [B, N]."""
+    return sizes.log()
+
+
+def _summed(weighted: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
+    """[B, N - r, C]: what stays, and what goes into it added. Whole tokens are added, which is faster than entry by entry."""
+    kept, moved = gather_tokens(weighted, stays, 1), gather_tokens(weighted, merged, 1)
+    batch, left, width = kept.shape
+    rows = target + torch.arange(batch, device=target.device)[:, None] * left
+    return kept.reshape(-1, width).index_add(0, rows.flatten(), moved.reshape(-1, width)).view(batch, left, width)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """float32 at least: sizes of hundreds weight tokens, and their sums are divided again."""
+    return torch.promote_types(tensor.dtype, torch.float32)
