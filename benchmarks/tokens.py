@@ -1,0 +1,259 @@
+"""Fewer tokens on the CPU: models with tokens pruned or merged, and the unmodified ones, each eager and compiled by Inductor.
+
+    python benchmarks/tokens.py
+
+Two cases. DeiT-S with `evit` and `merge`: a whole forward pass. A LLaVA-1.5-shaped model (CLIP-L/336 in full, 576 visual tokens, a language
+model of LLaMA's shape shrunk in width and depth) of which 90 % of the visual tokens never enter the language model: time to first token
+(tower, projector, prefill), the prefill alone (that, less the time of the unmodified tower and projector in the same round), and steps of
+decoding behind it. Every variant is run in turns in one process; a ratio is the median over rounds of (time of the unmodified model / time
+of the variant) within a round. Results go to benchmarks/results/tokens.md as found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rewrite import rewrite
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from torchvision_or_not import let_transformers_import
+
+RESULTS = Path(__file__).parent / "results" / "tokens.md"
+BACKENDS = ("eager", "inductor")
+UNMODIFIED = "unmodified"
+# A small vocabulary: a large one only adds the same output layer to both sides.
+IMAGE_TOKEN, VOCABULARY = 999, 1000
+# LLaVA-1.5's template has 35 tokens in front of the image; a short question follows.
+TEXT_BEFORE, TEXT_AFTER = 35, 29
+PATCH = 14
+PRUNED = "cls_prune(keep=0.1)"
+
+Inputs = dict[str, torch.Tensor]
+# What one run of a variant took, in seconds, by what was done.
+Seconds = dict[str, float]
+Run = Callable[[], Seconds]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The models' sizes, decoding steps, and how long rounds go on: so many seconds, but not fewer than the least number of rounds."""
+
+    picture: int
+    vision_hidden: int
+    vision_layers: int
+    text_hidden: int
+    text_layers: int
+    steps: int
+    seconds: float
+    least: int
+
+
+# Of LLaMA-7B's 4,096 by 32; wide and deep enough that its prefill takes longer than the tower, as LLaMA-7B's does by far.
+FULL = Sizes(336, 1024, 24, 2048, 12, steps=4, seconds=20.0, least=3)
+SMALL = Sizes(84, 64, 3, 64, 2, steps=2, seconds=0.1, least=2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the ways to run it, by name; predicted: by pass list and what is done, how many times fewer multiply-adds it takes."""
+
+    name: str
+    runs: dict[str, Run]
+    predicted: dict[tuple[str, str], float]
+
+
+def sharing(model: nn.Module) -> nn.Module:
+    """A copy with the same parameters."""
+    return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
+
+
+def variants(model: nn.Module, inputs: Inputs, passes: tuple[str, ...]) -> dict[str, nn.Module]:
+    """The model unmodified and under each pass list, by name, eager and compiled."""
+    made: dict[str, nn.Module] = {f"{UNMODIFIED}, eager": model, f"{UNMODIFIED}, inductor": sharing(model)}
+    made[f"{UNMODIFIED}, inductor"].compile()
+    for one in passes:
+        for backend in BACKENDS:
+            made[f"{one}, {backend}"] = rewrite(model, passes=one, example_inputs=inputs, backend=backend)
+    return made
+
+
+def counted(model: Any) -> tuple[int, int]:
+    """Multiply-adds of a rewritten model's forward pass, before and after, as its report has them."""
+    report = model.rewrite_report
+    return report.total_before.multiply_adds, report.total_after.multiply_adds
+
+
+def deit(sizes: Sizes) -> Case:
+    """DeiT-S at 224 px, batch 1."""
+    let_transformers_import()
+    from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(**shape)).eval()
+    inputs = {"pixel_values": torch.randn(1, 3, 224, 224)}
+    passes = ("evit(keep=0.7)", "merge(r=13)")
+    made = variants(model, inputs, passes)
+    fewer = {(one, "forward pass"): before / after for one in passes for before, after in [counted(made[f"{one}, eager"])]}
+
+    def run(one: nn.Module) -> Seconds:
+        begun = time.perf_counter()
+        one(**inputs)
+        return {"forward pass": time.perf_counter() - begun}
+
+    return Case("DeiT-S, 224 px", {name: partial(run, one) for name, one in made.items()}, fewer)
+
+
+def llava(sizes: Sizes) -> tuple[nn.Module, Inputs]:
+    """A LLaVA-1.5-shaped model with random weights, and a prompt with one picture."""
+    let_transformers_import()
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        hidden_size=sizes.text_hidden, intermediate_size=8 * sizes.text_hidden // 3, num_hidden_layers=sizes.text_layers,
+        num_attention_heads=max(2, sizes.text_hidden // 128), vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=sizes.vision_hidden, intermediate_size=4 * sizes.vision_hidden, num_hidden_layers=sizes.vision_layers,
+        num_attention_heads=max(2, sizes.vision_hidden // 64), image_size=sizes.picture, patch_size=PATCH,
+    )  # fmt: skip
+    visual = (sizes.picture // PATCH) ** 2
+    # LLaVA-1.5 reads the last layer but one. Dynamo drops the unread last one, which would be counted as a gain of the pass.
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE_TOKEN, image_seq_length=visual, vision_feature_layer=-1
+    )
+    ids = torch.randint(3, IMAGE_TOKEN, (1, TEXT_BEFORE + visual + TEXT_AFTER))
+    ids[:, TEXT_BEFORE : TEXT_BEFORE + visual] = IMAGE_TOKEN
+    picture = torch.randn(1, 3, sizes.picture, sizes.picture)
+    return LlavaForConditionalGeneration(config).eval(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": picture}
+
+
+def multimodal(sizes: Sizes) -> Case:
+    """The LLaVA-1.5-shaped model, with and without 90 % of its visual tokens."""
+    model, inputs = llava(sizes)
+    made = variants(model, inputs, (PRUNED,))
+    towers: dict[str, Callable[..., Any]] = {
+        "eager": model.get_image_features,
+        "inductor": torch.compile(sharing(model).get_image_features),
+    }
+    with FlopCounterMode(display=False) as counter:
+        model.get_image_features(pixel_values=inputs["pixel_values"])
+    tower = counter.get_total_flops() // 2
+    before, after = counted(made[f"{PRUNED}, eager"])
+    predicted = {(PRUNED, "time to first token"): before / after, (PRUNED, "prefill"): (before - tower) / (after - tower)}
+
+    def run(one: nn.Module, features: Callable[..., Any]) -> Seconds:
+        begun = time.perf_counter()
+        features(pixel_values=inputs["pixel_values"])
+        seen = time.perf_counter()
+        given = one(**inputs, use_cache=True)
+        first = time.perf_counter()
+        mask, cache = inputs["attention_mask"], given.past_key_values
+        token = given.logits[:, -1:].argmax(-1)
+        for _ in range(sizes.steps):
+            mask = torch.cat([mask, mask.new_ones(1, 1)], 1)
+            given = one(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True)
+            token, cache = given.logits[:, -1:].argmax(-1), given.past_key_values
+        decoded = time.perf_counter() - first
+        return {"time to first token": first - seen, "prefill": first - seen - (seen - begun), "step of decoding": decoded / sizes.steps}
+
+    runs = {name: partial(run, one, towers[name.split(", ")[-1]]) for name, one in made.items()}
+    visual = (sizes.picture // PATCH) ** 2
+    return Case(f"LLaVA-1.5-shaped, {visual} visual tokens of {visual + TEXT_BEFORE + TEXT_AFTER}", runs, predicted)
+
+
+def measure(runs: dict[str, Run], sizes: Sizes) -> dict[str, list[Seconds]]:
+    """Every round by variant; rounds start at another one each time.
+
+    Each variant is run twice before anything counts: Dynamo makes lengths dynamic, and compiles anew, in the second.
+    """
+    names = list(runs)
+    for name in names:
+        runs[name]()
+        runs[name]()
+    taken: dict[str, list[Seconds]] = {name: [] for name in names}
+    started, done = time.perf_counter(), 0
+    while done < sizes.least or time.perf_counter() - started < sizes.seconds:
+        first = done % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(runs[name]())
+        done += 1
+    return taken
+
+
+def rows(case: Case, taken: dict[str, list[Seconds]]) -> list[str]:
+    """The lines of one case's tables, one for each thing that is done."""
+    lines = [f"## {case.name}"]
+    for what in taken[f"{UNMODIFIED}, eager"][0]:
+        lines += ["", f"### {what}", "", "| variant | median ms | x of unmodified eager | x of unmodified inductor | predicted x |"]
+        lines += ["|---|---:|---:|---:|---:|"]
+        for name, spent in taken.items():
+            own = [each[what] for each in spent]
+            baselines = [[each[what] for each in taken[f"{UNMODIFIED}, {backend}"]] for backend in BACKENDS]
+            ratios = [statistics.median(base / mine for base, mine in zip(each, own, strict=True)) for each in baselines]
+            predicted = case.predicted.get((name.rsplit(", ", 1)[0], what))
+            said = f"{predicted:.2f}" if predicted else ""
+            lines.append(
+                f"| {name} | {statistics.median(own) * 1e3:.1f} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + f" | {said} |"
+            )
+    return [*lines, ""]
+
+
+def heading(threads: int, load: float) -> list[str]:
+    """What was measured, when, with what and on what."""
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return [
+        "# CPU: fewer tokens, against unmodified models",
+        "",
+        f"{datetime.date.today()}; Python {platform.python_version()}, {packages}; {cpu or platform.processor()}, {os.cpu_count()} cores, "
+        f"{threads} threads; load average {load:.1f} when the run began (shared machine where that is much above 0).",
+        "",
+        "Batch 1, float32, no gradients, random weights. A ratio above 1 is faster than that baseline: the median over rounds of baseline",
+        "/ variant within a round. Predicted: multiply-adds before / after, as the report counts them. Written by benchmarks/tokens.py.",
+        "",
+    ]
+
+
+def main() -> None:
+    """Measure both cases and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch")
+    parser.add_argument("--small", action="store_true", help="a tiny multimodal model and few rounds: does it run; nothing is written")
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    sizes, console = SMALL if chosen.small else FULL, Console()
+    lines = heading(chosen.threads, os.getloadavg()[0])
+    with torch.no_grad():
+        for build in (deit, multimodal):
+            case = build(sizes)
+            found = rows(case, measure(case.runs, sizes))
+            console.print("\n".join(found), markup=False)
+            lines += found
+            torch.compiler.reset()
+    if not chosen.small:
+        RESULTS.write_text("\n".join(lines))
+        console.print(f"written to {RESULTS}")
+
+
+if __name__ == "__main__":
+    main()
