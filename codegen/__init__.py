@@ -9,6 +9,7 @@ from codegen.masks import visible_pairs
 from codegen.multiply_adds import computed_multiply_adds, multiply_adds_formula
 from codegen.operator import attend
 from codegen.packed import packed, segment_ids
+from codegen.recurrence import recurrent, without_recurrence
 from codegen.served import kernel_attention, reason_without_backward, reason_without_kernel
 from codegen.state_kernels import StateKernel, emit_state, has_triton_state
 from codegen.statistics_operator import statistic
@@ -37,10 +38,12 @@ __all__ = [
     "packed",
     "reason_without_backward",
     "reason_without_kernel",
+    "recurrent",
     "segment_ids",
     "statistic",
     "visible_pairs",
     "visited_pairs",
+    "without_recurrence",
     "work",
 ]
 

@@ -111,15 +111,19 @@ def state_plan(attend: Attend, sizes: Sizes) -> StatePlan | None:
     whole = {"pairs": sizes.n_queries * sizes.n_keys}
     if _value(_quadratic, sizes, whole) <= _value(_state, sizes, _counts(form, sizes, 0)):
         return None
-    if form.limit is None:
-        chunk = max(1, FEATURES_AT_A_TIME // (sizes.batch * sizes.heads * form.width(sizes.head_dim)))
-    else:
-        counts = _counts(form, sizes, 0)
-        of_entries = COST_OF_AN_ENTRY * counts["Hs"] / sizes.heads * counts["F"] * counts["V"]
-        chunk = _rounded(best_chunk(counts["F"], counts["V"], COST_OF_A_CHUNK / (sizes.batch * sizes.heads) + of_entries))
+    if form.limit is not None:
         whole = {"pairs": int(limits(form, sizes.n_queries, sizes.n_keys).sum())}
-    plan = chunked(form, sizes, chunk)
+    plan = chunked(form, sizes, best_chunk_of(form, sizes))
     return plan if _value(_state, sizes, plan.counts) < _value(_quadratic, sizes, whole) else None
+
+
+def best_chunk_of(form: StateForm, sizes: Sizes) -> int:
+    """How many queries a call takes at a time."""
+    if form.limit is None:
+        return max(1, FEATURES_AT_A_TIME // (sizes.batch * sizes.heads * form.width(sizes.head_dim)))
+    counts = _counts(form, sizes, 0)
+    of_entries = COST_OF_AN_ENTRY * counts["Hs"] / sizes.heads * counts["F"] * counts["V"]
+    return _rounded(best_chunk(counts["F"], counts["V"], COST_OF_A_CHUNK / (sizes.batch * sizes.heads) + of_entries))
 
 
 def chunked(form: StateForm, sizes: Sizes, chunk: int) -> StatePlan:

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from codegen.multiply_adds import computed_multiply_adds
 from codegen.operator import attend_backward_op, attend_op
+from codegen.recurrence import state_shape
+from codegen.recurrent_operator import attend_state_op
 from rewrite.ir.operations import Attend
 
 # torch's convention for the backward of attention: five matrix products (one of them recomputes the scores) to the forward's two.
@@ -34,3 +36,12 @@ def _backward(
 ) -> int:
     query, key, value = operands[:3]
     return int(BACKWARD_TO_FORWARD * attend_flops(query, key, value, attend))
+
+
+@register_flop_formula(attend_state_op._opoverload.overloadpacket)
+def _recurrent(query: Shape, key: Shape, value: Shape, tensors: Any, before: Any, attend: str, *args: Any, **kwargs: Any) -> int:
+    """Without a state in front, the attention and the sum that makes the state; behind one, its update and its product with queries."""
+    batch, own, features, columns = state_shape(Attend.from_json(attend), query, key, value)
+    if not before:
+        return attend_flops(query, key, value, attend) + 2 * batch * own * key[2] * features * columns
+    return 2 * batch * (query[1] * query[2] + own * key[2]) * features * columns

@@ -166,25 +166,22 @@ def _backward(ctx: Any, grad_out: torch.Tensor, grad_lse: torch.Tensor) -> tuple
 attend_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _under_autocast(device: str) -> Callable[..., Any]:
+def under_autocast(operator: Callable[..., Any], device: str) -> Callable[..., Any]:
     """As torch's own attention does: query, key and value are cast to autocast's dtype, masks and biases are left as they are."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
-    def call(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tensors: Sequence[torch.Tensor], attend: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (t.to(dtype) if t.dtype != torch.float64 else t for t in (query, key, value))
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            out, lse = attend_op(query, key, value, tensors, attend)
-        return out, lse
+            return operator(query, key, value, *others)
 
     return call
 
 
-_library = torch.library.Library("rewrite", "FRAGMENT")  # type: ignore[no-untyped-call]
+library = torch.library.Library("rewrite", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _device in ("cpu", "cuda"):
-    _library.impl("attend", _under_autocast(_device), f"Autocast{_device.upper()}")  # type: ignore[no-untyped-call]
+    library.impl("attend", under_autocast(attend_op, _device), f"Autocast{_device.upper()}")  # type: ignore[no-untyped-call]
 
 
 @lru_cache(maxsize=1024)

@@ -26,7 +26,7 @@ ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
-class _Reading:
+class Reading:
     """An operation whose mask tensor is read at keys alone. name, axes: the tensor and its letters as it is given; causal: with j <= i."""
 
     attend: Attend
@@ -34,9 +34,26 @@ class _Reading:
     axes: str
     causal: bool
 
+    def holds(self, given: torch.Tensor, n_queries: int, n_keys: int) -> bool:
+        """Whether the mask says of every pair what the last query's row and, where `causal`, the order of the tokens say."""
+        seen = aligned(given, self.axes)
+        seen = (seen if seen.dtype == torch.bool else seen != 0).expand(-1, -1, n_queries, n_keys)
+        keys, columns = seen[:, :, -1:], torch.arange(n_keys, device=given.device)
+        for start in range(0, n_queries, ROWS_AT_A_TIME):
+            rows = torch.arange(start, min(start + ROWS_AT_A_TIME, n_queries), device=given.device)
+            own = seen[:, :, start : start + ROWS_AT_A_TIME]
+            wanted = keys & (columns <= rows[:, None] + (n_keys - n_queries)) if self.causal else keys.expand_as(own)
+            if not torch.equal(own, wanted):
+                return False
+        return True
+
+    def tensors(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The tensors as the operation reads them."""
+        return {**given, self.name: given[self.name].select(self.axes.index("i"), -1)}
+
 
 @lru_cache(maxsize=1024)
-def _readings(attend: Attend) -> tuple[_Reading, ...]:
+def mask_readings(attend: Attend) -> tuple[Reading, ...]:
     """The operation with its mask tensor read as padding and order, and as padding alone, as far as these have state forms."""
     if not isinstance(state_form(attend), str):
         return ()
@@ -54,22 +71,8 @@ def _readings(attend: Attend) -> tuple[_Reading, ...]:
                 continue
             simpler = replace(attend, mask=mask)
             if not isinstance(state_form(simpler), str):
-                found.append(_Reading(simpler, name, axes, causal))
+                found.append(Reading(simpler, name, axes, causal))
     return tuple(found)
-
-
-def _holds(reading: _Reading, given: torch.Tensor, n_queries: int, n_keys: int) -> bool:
-    """Whether the mask says of every pair what the last query's row and, where `causal`, the order of the tokens say."""
-    seen = aligned(given, reading.axes)
-    seen = (seen if seen.dtype == torch.bool else seen != 0).expand(-1, -1, n_queries, n_keys)
-    keys, columns = seen[:, :, -1:], torch.arange(n_keys, device=given.device)
-    for start in range(0, n_queries, ROWS_AT_A_TIME):
-        rows = torch.arange(start, min(start + ROWS_AT_A_TIME, n_queries), device=given.device)
-        own = seen[:, :, start : start + ROWS_AT_A_TIME]
-        wanted = keys & (columns <= rows[:, None] + (n_keys - n_queries)) if reading.causal else keys.expand_as(own)
-        if not torch.equal(own, wanted):
-            return False
-    return True
 
 
 def through_state(
@@ -80,10 +83,8 @@ def through_state(
     plan = state_plan(attend, sizes)
     if plan is not None:
         return StateReads(attend, operands, tensors), plan
-    for reading in _readings(attend) if operands[0].device.type == "cpu" else ():
+    for reading in mask_readings(attend) if operands[0].device.type == "cpu" else ():
         plan = state_plan(reading.attend, sizes)
-        given = tensors[reading.name]
-        if plan is not None and _holds(reading, given, sizes.n_queries, sizes.n_keys):
-            known = {**tensors, reading.name: given.select(reading.axes.index("i"), -1)}
-            return StateReads(reading.attend, operands, known), plan
+        if plan is not None and reading.holds(tensors[reading.name], sizes.n_queries, sizes.n_keys):
+            return StateReads(reading.attend, operands, reading.tensors(tensors)), plan
     return None

@@ -243,10 +243,15 @@ def chunk_sums(
     return (of_state if scores is None else of_state + weighted_sum(scores.weights, scores.values)), of_state
 
 
-def state_forward(reads: StateReads, plan: StatePlan, results: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Write out [B, H, Nq, Dv] and lse [B, H, Nq]."""
+def state_forward(
+    reads: StateReads, plan: StatePlan, results: tuple[torch.Tensor, torch.Tensor], before: torch.Tensor | None = None
+) -> tuple[torch.Tensor, int]:
+    """Write out [B, H, Nq, Dv] and lse [B, H, Nq]; the last state, and how many of the keys it holds.
+
+    before: the state of keys in front of those of the call, of which every query sees all.
+    """
     out, lse = results
-    state, held = reads.new_state(), 0
+    state, held = reads.new_state() if before is None else before, 0
     for step in plan.steps:
         state, held = reads.next_state(state, held, step.before), step.before
         queries = reads.queries(step)
@@ -256,3 +261,4 @@ def state_forward(reads: StateReads, plan: StatePlan, results: tuple[torch.Tenso
         rows = queries.visit.rows
         out[:, :, rows] = found.to(out.dtype)
         lse[:, :, rows] = total.to(lse.dtype)
+    return state, held

@@ -117,6 +117,7 @@ class _BesideLowering(ProgramLowering):
 
     def run(self) -> bool:
         self.lower_sites()
+        self.states.run([])
         self.produced.clear()
         self.added_outputs.clear()
         return bool(self.lowered)

@@ -17,6 +17,7 @@ from rewrite.engine import Known, Record, Rewriter, RewrittenGraph
 from rewrite.names import Witness
 from rewrite.notes import Note
 from rewrite.recognise.operators import value_of
+from rewrite.states import state_entry
 
 InnerBackend = str | Callable[..., Any]
 
@@ -120,6 +121,7 @@ class CompiledGraph:
                 index,
                 note.groups is not None,
                 note.sinks is not None,
+                note.state is not None,
                 None if note.positions is None else shared.setdefault(id(note.positions), index),
             )
             for index, (_, note) in notes.items()
@@ -181,9 +183,18 @@ class CompiledGraph:
         produced, layers = variant.graph.produced, variant.graph.layers
         count = len(results) - len(produced)
         facts = dict_of(produced, results[count:])
+        results = list(results)
         for index in facts.keys() | layers.keys():
             known = facts.get(index, {})
-            if index in layers:
+            if "state" in known:
+                # The results keep the real keys of a prompt whose mask no state can follow.
+                if bool(known["held"]):
+                    heads, width = results[index].shape[1], results[index].shape[3]
+                    entry = (heads, width, results[index].dtype)
+                    note = Note(None, known["seen"].shape[1], state=known["state"], seen=known["seen"], entry=entry)
+                    results[index] = state_entry(note)
+                    call.produce(results[index], note)
+            elif index in layers:
                 call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers[index]))
             else:
                 self._note(call, results[index], known)

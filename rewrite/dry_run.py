@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rewrite.notes import slots
+from rewrite.states import note_of
 
 
 def call_original(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], method: str | None = None) -> Any:
@@ -24,6 +25,8 @@ def copied(value: Any) -> Any:
     """The inputs once more, so that a run on them (a KV cache grows) is not seen by the caller."""
     memo: dict[int, Any] = {}
     for slot in slots(value):
+        if note_of(slot.tensor) is not None:
+            continue  # its copy takes the note along
         fresh = slot.tensor.detach().clone()
         memo[id(slot.tensor)] = fresh.requires_grad_(slot.tensor.requires_grad)
     return copy.deepcopy(value, memo)

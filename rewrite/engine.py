@@ -35,7 +35,8 @@ class Record:
 
     lowered: names of the sites whose body was replaced. gone: by site, how many tokens of each row have left in front of it.
     merges: visual tokens join a text in this graph. ended: the break that ended it. cut: by name of a site, what it cannot know because of
-    an earlier break. again: the graph was captured for another module before. embeddings: the modules that lay out tokens.
+    an earlier break. keys_kept: by name of a site with a state, why a KV cache keeps its keys all the same. again: the graph was captured
+    for another module before. embeddings: the modules that lay out tokens.
     """
 
     program: Program
@@ -51,6 +52,7 @@ class Record:
     merges: bool = False
     ended: Break | None = None
     cut: Mapping[str, str] = field(default_factory=dict)
+    keys_kept: Mapping[str, str] = field(default_factory=dict)
     again: bool = False
 
 
@@ -148,6 +150,7 @@ class Rewriter:
             merges=bool(visual_merges(graph_module.graph)),
             ended=break_of(getattr(graph_module, "compile_subgraph_reason", None)),
             cut=cut,
+            keys_kept=work.states.declined,
         )
         return RewrittenGraph(module, work.extras, produced, record, changed, {one.output: one.layers for one in left})
 

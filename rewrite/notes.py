@@ -28,12 +28,17 @@ class Note:
     positions: [B, K] place that each token had in the full sequence, or None where none left. length: the full sequence's length.
     groups: [B, n] group of each of the first n tokens (later ones were generated: text, group 0), or None.
     sinks: [B, H, n] likewise, one where a token draws attention in a head, or None.
+    state: [B, Hs, F, V] what stands for the keys and values (`rewrite.states`), seen: [B, length] which keys it holds, entry: heads, width
+    and dtype that the model's code expects; None where the entry is there.
     """
 
     positions: torch.Tensor | None
     length: int
     groups: torch.Tensor | None = None
     sinks: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    entry: tuple[int, int, torch.dtype] | None = None
 
 
 @dataclass(eq=False)
@@ -104,15 +109,18 @@ class CacheNotes:
             except TypeError:
                 self.by_tensor[id(slot.tensor)] = (weakref.ref(slot.tensor), note)
 
-    def read(self, slot: Slot) -> Note | None:
-        """The note of a cache entry; raises `ModelCallError` where the entry is no longer the one that was noted."""
-        note: Note | None = None
+    def of(self, slot: Slot) -> Note | None:
+        """What was noted of the entry that a place held, whatever it holds now."""
         try:
-            note = self.by_owner.get(slot.owner, {}).get(slot.key)
+            return self.by_owner.get(slot.owner, {}).get(slot.key)
         except TypeError:
             reference, known = self.by_tensor.get(id(slot.tensor), (None, None))
-            note = known if reference is not None and reference() is slot.tensor else None
-        if note is None or slot.tensor.ndim != 4:
+            return known if reference is not None and reference() is slot.tensor else None
+
+    def read(self, slot: Slot) -> Note | None:
+        """The note of a cache entry; raises `ModelCallError` where the entry is no longer the one that was noted."""
+        note = self.of(slot)
+        if note is None or note.state is not None or slot.tensor.ndim != 4:
             return None
         batch, _, entries, _ = slot.tensor.shape
         expected = note.length if note.positions is None else note.positions.shape[1]

@@ -16,6 +16,7 @@ from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritte
 from rewrite.engine import Record
 from rewrite.ir.operations import Attend
 from rewrite.ir.site import Site
+from rewrite.lower.recurrence import declined_words
 from rewrite.prediction import Prediction, is_materialised, predicted
 from rewrite.recognise.sites import Found
 
@@ -147,7 +148,7 @@ class Report:
             f"{', '.join(dict.fromkeys(names))} {told} in torch operators on every device, without a kernel: {why}"
             for (told, why), names in reasons.items()
         )
-        self.notes += [note for note in notes if note not in self.notes]
+        self.notes += [note for note in (*notes, *declined_words(record.keys_kept)) if note not in self.notes]
 
     def _site(self, entry: Found, changed: Site, record: Record, before: Cost, after: Cost) -> SiteReport:
         site, cut = entry.site, record.cut.get(entry.site.name, "")

@@ -26,6 +26,7 @@ from rewrite.lower.program import Allowed
 from rewrite.names import Names
 from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
 from rewrite.observers import observers_aside
+from rewrite.states import followed, is_state_entry, whole_entry
 from rewrite.watch import MergeWatch
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ class RunningCall:
 
     def produce(self, value: torch.Tensor, note: Note) -> None:
         self.produced.append((value, note))
+        if note.state is not None:
+            self.stand_ins[storage_of(value)] = (value, note)
 
     def carried(self, value: torch.Tensor) -> Carried | None:
         return self.handover.read(value)
@@ -202,9 +205,16 @@ def _own_function(module: nn.Module, method: str | None) -> Callable[..., Any]:
 
 def _put_stand_ins(notes: CacheNotes, call: RunningCall, arguments: Any) -> Iterator[tuple[Slot, torch.Tensor]]:
     """Replace noted cache entries in the arguments; yields what was put where."""
-    if not notes.by_owner and not notes.by_tensor:
-        return
     for slot in list(slots(arguments)):
+        if is_state_entry(slot.tensor):
+            if slot.put is None:
+                raise ModelCallError("a KV cache whose keys a state stands for came in a tuple; pass the object that holds it")
+            known = followed(slot.tensor, notes.of(slot))
+            put = whole_entry(known)
+            call.stand_ins[storage_of(put)] = (put, known)
+            slot.put(put)
+            yield slot, put
+            continue
         note = notes.read(slot)
         if note is None or slot.put is None:
             continue

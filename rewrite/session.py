@@ -23,6 +23,7 @@ from rewrite.notes import CacheNotes, Slot, slots
 from rewrite.prediction import SLOWER, Gate, SlowerWarning, compared
 from rewrite.report import Report
 from rewrite.runner import ACTIVE, CAPTURE_ERRORS, Runner, RunningCall
+from rewrite.states import is_state_entry
 
 # The prefix of every state_dict key that a pass adds.
 ADDED = "rewrite_added"
@@ -135,6 +136,8 @@ class Session:
         self.seen.add(kind)
 
     def _is_short(self, slot: Slot) -> bool:
+        if is_state_entry(slot.tensor):
+            return True
         note = self.notes.read(slot)
         return note is not None and note.positions is not None
 

@@ -19,6 +19,7 @@ from rewrite.ir.selection import LOG_SIZE
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
+from rewrite.lower.recurrence import StateCaches
 from rewrite.lower.selections import Selections
 from rewrite.notes import Note
 from rewrite.recognise.operators import canonical
@@ -32,8 +33,8 @@ from rewrite.tokens.visual import visual_mask_node
 class Extra:
     """A value that a rewritten graph takes beside the traced inputs.
 
-    kind "parameter": the added parameter `name`. "positions", "length", "groups", "sinks": from the note of the cache entry that
-    is input `index`.
+    kind "parameter": the added parameter `name`. "positions", "length", "groups", "sinks", "state", "seen": from the note of the cache
+    entry that is input `index`.
     "visual", "features": what an earlier graph of the call carried with the activation that is input `index`.
     """
 
@@ -46,7 +47,8 @@ class Extra:
 class Produced:
     """A value that a rewritten graph returns beside the traced outputs.
 
-    "positions", "length", "groups" or "sinks" of the cache entries `outputs`; "visual" and "features" of the activations `outputs`.
+    "positions", "length", "groups" or "sinks" of the cache entries `outputs`; "state", "seen" and "held" of what stands for them
+    (`codegen.recurrence`); "visual" and "features" of the activations `outputs`.
     """
 
     kind: str
@@ -83,6 +85,7 @@ class ProgramLowering:
         self.kernels: list[codegen.Kernel | codegen.StateKernel] = []
         self.shapes: dict[fx.Node, dict[int, int]] = {}
         self.lowered: set[str] = set()
+        self.states = StateCaches(self)
         self.selections = Selections(self.graph, recognition, program, self._visual)
         self.added_outputs: list[fx.Node | int] = []
         self._masks: dict[fx.Node, fx.Node] = {}
@@ -92,6 +95,7 @@ class ProgramLowering:
     def run(self) -> bool:
         changed = self.lower_sites()
         self._emit()
+        self.states.run(self._changed())
         if self.program.token_operations() or any(note.positions is not None for note in self.notes.values()):
             self._drop_tokens()
             changed = True
@@ -201,6 +205,16 @@ class ProgramLowering:
             current = source
             chain.add(current)
         return tuple(index for index, result in enumerate(results) if isinstance(result, fx.Node) and result in chain)
+
+    def taken(self, kind: str, index: int) -> fx.Node:
+        """What the note of the input `index` says."""
+        return self._extra(Extra(kind, index=index))
+
+    def returns(self, values: Mapping[str, fx.Node], outputs: tuple[int, ...]) -> None:
+        """Return beside the outputs what is known of them, by kind."""
+        for kind, node in values.items():
+            self.produced.append(Produced(kind, outputs))
+            self.added_outputs.append(node)
 
     def _require_notes(self, site: str) -> None:
         if not self.allowed.notes:
