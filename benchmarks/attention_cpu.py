@@ -112,6 +112,17 @@ def body_run(body: Body, values: Values) -> Run:
     return run
 
 
+def beside_sdpa(read: Statistic, values: Values, causal: bool) -> Run:
+    """The model's own attention, and the statistic beside it: what a pass that only reads makes of a site."""
+    query, key, value, text = values["query"], values["key"], values["value"], read.to_json()
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        out = functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return out, torch.ops.rewrite.attention_statistic(query, key, [], None, text)
+
+    return run
+
+
 def eager(values: Values, mask: torch.Tensor | None) -> torch.Tensor:
     """The map written out."""
     scores = values["query"] @ values["key"].transpose(-2, -1) * HEAD_DIM**-0.5
@@ -129,7 +140,9 @@ def variants(tokens: int, text: bool) -> Iterator[tuple[str, str, Run | None]]:
     yield "as it is, our operator", "", body_run(place.body, values)
     for name, facts in STATISTICS.items():
         read = Statistic("statistic", place.attend, **facts)
-        yield f"attention and {name}", "", body_run(Body((place.attend, read)), values)
+        yield f"SDPA and {name}", "", beside_sdpa(read, values, text)
+        if "rows" not in facts:
+            yield f"our operator and {name}", "", body_run(Body((place.attend, read)), values)
     for template in IN_A_TEXT if text else ON_A_GRID:
         made = template.format(part=part, eighth=max(8, tokens // 8))
         program = parse_pass(made).apply(Program((place,)))

@@ -19,7 +19,7 @@ import torch
 from sympy.logic.boolalg import Boolean
 
 from codegen.kernel import has_triton_form
-from codegen.torch_statistics import uses_lse
+from codegen.torch_statistics import softmax_score
 from codegen.torch_streaming import output_like
 from codegen.tuned_launch import launch_attention
 from rewrite.ir.evaluation import all_positions, evaluate_expression, read_at
@@ -45,7 +45,7 @@ class Exchanged:
 
 def reason_against_exchange(statistic: Statistic) -> str | None:
     """Why a statistic over queries has no kernel, in words, or None."""
-    if not uses_lse(statistic):
+    if softmax_score(statistic) is None:
         return "its weights are not the exponentials of scores that are linear in qk"
     weight = statistic.term / W
     if {W, J} & weight.free_symbols:

@@ -25,13 +25,15 @@ from rewrite.ir.semantics import evaluate_expression
 def by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     """[B, H, n, D] -> [B, Hkv, H / Hkv * n, D]: query heads that share a key head, one after the other, so that no key is copied."""
     batch, heads, n, width = tensor.shape
+    if heads == key_heads:
+        return tensor
     return tensor.reshape(batch, key_heads, heads // key_heads * n, width)
 
 
 def dot(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """query [B, H, n, D], key [B, Hkv, m, D] -> [B, H, n, m]."""
     product = by_key_head(query, key.shape[1]) @ key.transpose(-2, -1)
-    return product.view(*query.shape[:3], key.shape[2])
+    return product if query.shape[1] == key.shape[1] else product.view(*query.shape[:3], key.shape[2])
 
 
 def weighted_sum(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

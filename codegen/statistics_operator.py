@@ -23,12 +23,12 @@ def statistic_op(
     """The result of the `Statistic` whose JSON is given: [B, H, Nk] over queries, [B, H, rows] over keys, in the accumulation dtype.
 
     query [B, H, Nq, D], key [B, Hkv, Nk, D], of one dtype. tensors: in the order of ``Statistic.tensors()``. lse: the attention's own
-    [B, H, Nq] where it is at hand; the result does not depend on it, the time does. Raises `RewriteError` where operands do not fit.
+    [B, H, Nq] where it is at hand, which saves the kernels a pass. Raises `RewriteError` where operands do not fit.
     """
     operation = Statistic.from_json(statistic)
     require_attention(query, key, key)
     named = named_operands(operation.tensors(), operation.attend.mixes, (query, key), tensors)
-    return statistic_forward(operation, query, key, named, lse)
+    return statistic_forward(operation, query, key, named)
 
 
 @statistic_op.register_kernel("cuda")
@@ -40,7 +40,7 @@ def _statistic_cuda(
     named = named_operands(operation.tensors(), operation.attend.mixes, (query, key), tensors)
     # A grid of no programs cannot be launched.
     if has_triton_statistic(operation) is not None or query.dtype == torch.float64 or not (query.numel() and key.numel()):
-        return statistic_forward(operation, query, key, named, lse)
+        return statistic_forward(operation, query, key, named)
     with torch.cuda.device(query.device):
         return statistic_by_kernel(operation, query, key, named, lse)
 

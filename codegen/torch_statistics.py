@@ -15,15 +15,20 @@ import torch
 
 from codegen.attention_block import AttentionBlock
 from codegen.base_two import LOG2_E
+from codegen.contraction_order import Sizes
 from codegen.score_block import ScoreBlock, dot, linear_score, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative, read_block
-from codegen.torch_streaming import planes_at_a_time, query_visits
+from codegen.torch_streaming import planes_at_a_time, query_visits, static_visits
 from codegen.visits import Visit
+from codegen.weight_form import split_visits
 from rewrite.ir.expression import W, tensors_in
 from rewrite.ir.semantics import evaluate_expression
 from rewrite.ir.statistic import Statistic
 
 Tensors = Mapping[str, torch.Tensor]
+
+# Rows whose weights are small beside the keys, so that a second copy of them, which torch's softmax makes, costs nothing.
+FEW_ROWS = 64
 
 
 def row_range(statistic: Statistic, n_queries: int) -> range:
@@ -34,12 +39,23 @@ def row_range(statistic: Statistic, n_queries: int) -> range:
 
 def statistic_visits(
     statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors
-) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
+) -> Sequence[tuple[Visit, torch.Tensor | slice]]:
     """The visits of the rows that are read, and where their rows lie among those."""
-    found = list(_cut(query_visits(statistic.attend, query, key, tensors), row_range(statistic, query.shape[2])))
-    for planes in planes_at_a_time([visit for visit, _ in found], statistic.attend, query, key):
-        for visit, place in found:
-            yield visit._replace(planes=planes), place
+    if split_visits(statistic.attend)[1] == sympy.true:
+        return _static_visits(statistic, Sizes.of(query, key, key), query.device)
+    return _planned(statistic, query_visits(statistic.attend, query, key, tensors), Sizes.of(query, key, key))
+
+
+@lru_cache(maxsize=256)
+def _static_visits(statistic: Statistic, sizes: Sizes, device: torch.device) -> tuple[tuple[Visit, torch.Tensor | slice], ...]:
+    """Of a mask that reads no tensor: worked out once, which takes longer than the few rows of a small attention."""
+    return _planned(statistic, static_visits(statistic.attend, sizes, device), sizes)
+
+
+def _planned(statistic: Statistic, visits: Sequence[Visit], sizes: Sizes) -> tuple[tuple[Visit, torch.Tensor | slice], ...]:
+    found = list(_cut(visits, row_range(statistic, sizes.n_queries)))
+    every = planes_at_a_time([visit for visit, _ in found], statistic.attend, sizes)
+    return tuple((visit._replace(planes=planes), place) for planes in every for visit, place in found)
 
 
 def _cut(found: Sequence[Visit], rows: range) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
@@ -79,49 +95,71 @@ def _attention(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, ten
 
 
 @lru_cache(maxsize=1024)
-def uses_lse(statistic: Statistic) -> bool:
-    """Whether the weights are  exp(scale * qk + rest - lse)  with the log-sum-exp that the attention itself saves."""
-    return replace(statistic.attend, sink=None).is_plain and linear_score(statistic.attend.score) is not None
+def softmax_score(statistic: Statistic) -> tuple[float, sympy.Expr] | None:
+    """(scale, rest) where the weights are  softmax(scale * qk + rest),  with a sink or without."""
+    return linear_score(statistic.attend.score) if replace(statistic.attend, sink=None).is_plain else None
 
 
-def _exponentials(
-    statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit, lse: torch.Tensor
-) -> tuple[ScoreBlock, torch.Tensor]:
-    """A visit and its weights, in one product and one exponential; rows that see no key weigh nothing."""
-    block = ScoreBlock(statistic.attend, query, key, tensors, visit)
-    scale, rest = linear_score(statistic.attend.score) or (1.0, sympy.Integer(0))
+@lru_cache(maxsize=256)
+def _plain_rows(statistic: Statistic, sizes: Sizes, device: torch.device) -> tuple[float, range] | None:
+    """(scale, rows) where the result is the sum of  softmax(scale * qk)  over a few rows that see every key."""
+    linear, attend = softmax_score(statistic), statistic.attend
+    if linear is None or linear[1] != 0 or attend.sink is not None or split_visits(attend)[1] != sympy.true:
+        return None
+    if statistic.over != "queries" or statistic.term != W or sizes.heads != sizes.key_heads:
+        return None
+    rows = row_range(statistic, sizes.n_queries)
+    read = [visit for visit, _ in _cut(static_visits(attend, sizes, device), rows)]
+    whole = len(read) == 1 and read[0].seen is None and read[0].n_keys == sizes.n_keys and 0 < read[0].n_queries == len(rows) <= FEW_ROWS
+    return (linear[0], rows) if whole else None
+
+
+def _softmax(
+    statistic: Statistic, linear: tuple[float, sympy.Expr], query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit
+) -> tuple[ScoreBlock, torch.Tensor, torch.Tensor]:
+    """A visit, its weights without their denominator, in the place of the scores, and the factors [B, H, rows, 1] that they lack."""
+    block, (scale, rest), sink = ScoreBlock(statistic.attend, query, key, tensors, visit), linear, statistic.attend.sink
     scores = dot(visit.queries(query, 2).to(block.dtype) * (LOG2_E * scale), visit.keys(key, 2).to(block.dtype))
     if rest != 0:
         scores += LOG2_E * block.evaluate(rest)
-    block.hide(scores, block.hidden(), -torch.inf)
-    own = visit.queries(lse, 2)[..., None]
-    scores -= LOG2_E * own.masked_fill(own == -torch.inf, torch.inf)
-    return block, scores.exp2_()
+    most = block.hide(scores, block.hidden(), -torch.inf).amax(-1, keepdim=True)
+    # Rows that see no key weigh nothing.
+    empty = most == -torch.inf
+    if sink is not None:
+        logit = LOG2_E * block.filled(sink, most)
+        most = most.maximum(logit)
+    most.masked_fill_(empty, 0.0)
+    total = scores.sub_(most).exp2_().sum(-1, keepdim=True)
+    if sink is not None:
+        total += (logit - most).exp2_()
+    return block, scores, total.reciprocal_().masked_fill_(empty, 0.0)
 
 
-def statistic_forward(
-    statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, lse: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The result that `Statistic` describes. query [B, H, Nq, D], key [B, Hkv, Nk, D]; O(block x Nk) memory besides the result.
-
-    lse: the attention's own [B, H, Nq] float32, which saves the normalisation where `uses_lse`. It is not used where it would lose digits:
-    for float64 operands, and in low precision where a bias was rounded before it was made.
-    """
-    result = torch.zeros(result_shape(statistic, query, key), dtype=accumulation_dtype(query.dtype), device=query.device)
-    exact = query.dtype == torch.float32 or (query.dtype != torch.float64 and not statistic.attend.score.atoms(sympy.Indexed))
-    known = lse if exact and uses_lse(statistic) else None
+def statistic_forward(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+    """The result that `Statistic` describes. query [B, H, Nq, D], key [B, Hkv, Nk, D]; O(block x Nk) memory besides the result."""
+    dtype, sizes = accumulation_dtype(query.dtype), Sizes.of(query, key, key)
+    if (plain := _plain_rows(statistic, sizes, query.device)) is not None:
+        scale, rows = plain
+        read = query.narrow(2, rows.start, len(rows)).to(dtype) * scale
+        return (read @ key.transpose(2, 3).to(dtype)).softmax(-1).sum(2)
+    result = torch.zeros(result_shape(statistic, query, key), dtype=dtype, device=query.device)
+    linear, over_queries = softmax_score(statistic), statistic.over == "queries"
     for visit, place in statistic_visits(statistic, query, key, tensors):
-        if known is not None:
-            block, weights = _exponentials(statistic, query, key, tensors, visit, known)
-        else:
+        if linear is None:
             attention = _attention(statistic, query, key, tensors, visit)
             block, weights = attention.block, attention.weights
+        else:
+            block, weights, factors = _softmax(statistic, linear, query, key, tensors, visit)
+            if over_queries and statistic.term == W:
+                result[*visit.planes[:2], visit.columns] += (factors.transpose(2, 3) @ weights)[:, :, 0]
+                continue
+            weights *= factors
         terms = weights
         if statistic.term != W:
             _read_term(statistic, block, tensors)
             block.values["w"] = weights
             terms = block.filled(statistic.term, weights)
-        if statistic.over == "queries":
+        if over_queries:
             result[*visit.planes[:2], visit.columns] += terms.sum(2)
         else:
             result[*visit.planes[:2], place] = terms.sum(3)

@@ -102,9 +102,12 @@ def _length(chosen: slice | torch.Tensor) -> int:
 
 
 def _take(tensor: torch.Tensor, axis: int, chosen: slice | torch.Tensor) -> torch.Tensor:
-    if tensor.shape[axis] == 1 or (isinstance(chosen, slice) and chosen.start is None):
+    length = tensor.shape[axis]
+    if not isinstance(chosen, slice):
+        return tensor if length == 1 else tensor.index_select(axis, chosen)
+    if length == 1 or chosen.start is None or (chosen.start == 0 and chosen.stop == length):
         return tensor
-    return tensor.narrow(axis, chosen.start, chosen.stop - chosen.start) if isinstance(chosen, slice) else tensor.index_select(axis, chosen)
+    return tensor.narrow(axis, chosen.start, chosen.stop - chosen.start)
 
 
 def _positions(chosen: slice | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -15,6 +15,7 @@ import sympy
 from sympy.logic.boolalg import Boolean
 
 from rewrite.ir.expression import NK, NQ, QK, TOTAL, B, G, H, I, Indices, J, W, from_json, tensors_in, to_json
+from rewrite.ir.hashed_once import HashedOnce
 
 Normaliser = Literal["softmax", "sum", "none"]
 
@@ -70,7 +71,7 @@ class BlockChoice:
 
 
 @dataclass(frozen=True)
-class Attend:
+class Attend(HashedOnce):
     """``result[b,h,i,:] = sum_j weights[b,h,i,j] value[b,h',j,:]``, the weights being made in this order:
 
     1. score: an expression in `qk`, positions and tensors.
@@ -104,6 +105,8 @@ class Attend:
     score_mix: HeadMix | None = None
     weight_mix: HeadMix | None = None
     choice: BlockChoice | None = None
+
+    __hash__ = HashedOnce.__hash__
 
     def __post_init__(self) -> None:
         if self.normaliser not in get_args(Normaliser):

@@ -11,12 +11,13 @@ import sympy
 
 from rewrite.ir.attend import Attend
 from rewrite.ir.expression import QK, Indices, W, from_json, tensors_in, to_json
+from rewrite.ir.hashed_once import HashedOnce
 
 Over = Literal["queries", "keys"]
 
 
 @dataclass(frozen=True)
-class Statistic:
+class Statistic(HashedOnce):
     """Sums over an attention's map, float32 (float64 for float64 operands):
 
         over = "queries"    result[b,h,j] = sum_i term(w[b,h,i,j])      [B, H, Nk]: what each key receives
@@ -37,6 +38,8 @@ class Statistic:
     over: Over = "queries"
     term: sympy.Expr = W
     rows: tuple[int, int | None] | None = None
+
+    __hash__ = HashedOnce.__hash__
 
     def __post_init__(self) -> None:
         if self.over not in get_args(Over):

@@ -25,7 +25,7 @@ from codegen.kernel import Form
 from codegen.operator import attend_op
 from codegen.received_kernel import LSE
 from codegen.statistic_kernels import has_triton_statistic
-from codegen.torch_statistics import statistic_forward, statistic_visits, uses_lse
+from codegen.torch_statistics import softmax_score, statistic_forward, statistic_visits
 from rewrite.ir import Attend, I, J, RewriteError, W, tensor
 from rewrite.ir.semantics import read_statistic
 from rewrite.ir.statistic import ENTROPY, Statistic
@@ -115,7 +115,7 @@ def test_low_precision_with_the_log_sum_exp(form: str, term: str, dtype: torch.d
         counted, in_double(values)
     )
     assert ((found - wanted).abs() <= budget).all()
-    assert uses_lse(made) == (form not in NORMALISED_OTHERWISE)
+    assert (softmax_score(made) is not None) == (form not in NORMALISED_OTHERWISE)
 
 
 SIGNED = W * (tensor("chosen", "bi") - 0.5)
@@ -230,12 +230,11 @@ def test_memory_is_linear_in_tokens(term: str) -> None:
     largest = []
     for tokens in (2048, 8192):
         made, values = example("causal", term, torch.float32, Shape(1, 2, 2, tokens, tokens, 16, 16))
-        lse = torch.zeros(1, 2, tokens)
         named = {name: values[name] for name in made.tensors()}
         # What is made once for a mask and a size is not the call's.
         deque(statistic_visits(made, values["query"], values["key"], named), maxlen=0)
         with Largest() as mode:
-            statistic_forward(made, values["query"], values["key"], named, lse)
+            statistic_forward(made, values["query"], values["key"], named)
         largest.append(mode.elements)
     assert largest[1] <= 4 * largest[0]
 
