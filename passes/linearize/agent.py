@@ -29,6 +29,7 @@ from rewrite.ir import (
     AttentionInputs,
     DepthwiseConv,
     Fits,
+    Fitting,
     GridBias,
     GridResize,
     Parameter,
@@ -73,6 +74,8 @@ class Agent(Pass):
     formula = "A = pool(q); out = softmax(s q A^T + B2) softmax(s A k^T + B1) v + DWC(v)"
     training_free = False
     fits = Fits(kinds=frozenset({"self"}), causal=False, cached=False)
+    # Biases of logits are of order one and start at zero.
+    fitting = Fitting(learning_rate=3e-2)
 
     tokens: int | tuple[int, ...] = parameter(
         49, "number of agent tokens, a square number where tokens lie on a grid; a tuple has one for each stack (stage, tower)"

@@ -63,13 +63,14 @@ def fit(
     mapping of keyword arguments, a tuple of positional ones or a tensor, gone through as often as it takes; entries of a tuple that
     `forward` has no place for (labels) stay out of the call. It must give the same batches whenever it is gone through from the same random
     state of torch (its own generator counts; Python's and numpy's random states are not set); an iterator is read into memory.
-    inputs: a function from a batch to what the model is called with, for other batches. steps: of each stage, or of (site by site, end to
-    end); 0 leaves a stage out. seed: decides the order of batches, and all that draws random numbers. loss: ``loss(output, original_output,
-    batch)``, a scalar tensor, for the second stage; by default the Kullback-Leibler divergence of the outputs' `logits`, or the relative
-    mean squared error of outputs without such. learning_rate: for both stages, instead of what the passes say. dtype: of mixed precision
-    (torch.bfloat16, or torch.float16 with a scaled loss); None computes as the model does. checkpoint: a folder to write to every
-    `checkpoint_every` steps; a run that finds one there goes on from it, and on a CPU gives bitwise what it would have given without the
-    interruption; when it is done the folder is what `load` reads. progress: bars on standard error.
+    inputs: a function from a batch to what the model is called with, for other batches and for augmentation; what it draws from torch's
+    random state is decided by `seed` too. steps: of each stage, or of (site by site, end to end); 0 leaves a stage out. seed: decides the
+    order of batches, and all that draws random numbers. loss: ``loss(output, original_output, batch)``, a scalar tensor, for the second
+    stage; by default the Kullback-Leibler divergence of the outputs' `logits`, or the relative mean squared error of outputs without such.
+    learning_rate: for both stages, instead of what the passes say. dtype: of mixed precision (torch.bfloat16, or torch.float16 with a
+    scaled loss); None computes as the model does. checkpoint: a folder to write to every `checkpoint_every` steps; a run that finds one
+    there goes on from it, and on a CPU gives bitwise what it would have given without the interruption; when it is done the folder is what
+    `load` reads. progress: bars on standard error.
 
     What came of it is in ``rewritten.rewrite_report.fitting``. Raises `FittingError` where there is nothing to train, the models do not
     belong together, the loader is empty, the checkpoint is of another run, or a loss is not finite; `TypeError` for other arguments.
