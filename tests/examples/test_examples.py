@@ -1,13 +1,20 @@
-"""The examples run: the pass of one's own as a script, the demo at small sizes."""
+"""The examples run: the pass of one's own as a script, the demo and the fitting at small sizes."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+import rewrite
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -42,3 +49,30 @@ def test_demo_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert f"tokens in the KV cache of each layer: {cached + visual} {cached + visual} {cached} {cached}" in printed
     for picture in ("token_exit", "neighborhood_and_agents", "multiply_adds"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
+
+
+def test_linear_attention_is_fitted_without_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Even where the original was trained for two epochs, a few steps bring something back, whichever pass it was."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setenv("COLUMNS", "200")
+    example = importlib.import_module("linearize_and_fit")
+    monkeypatch.setattr(example, "BATCH", 16)
+    labels = example.digits()[0].tensors[1]
+    seen: list[torch.Tensor] = []
+
+    def fit(original: nn.Module, student: nn.Module, loader: Iterable[Any], **options: Any) -> nn.Module:
+        batches = list(loader)
+        seen.extend(batches)
+        return rewrite.fit(original, student, loader, **options)
+
+    monkeypatch.setattr(example, "fit", fit)
+    example.main(["--epochs", "2", "--steps", "12", "12"])
+    printed = capsys.readouterr().out
+    assert sum(map(len, seen)) == len(labels) * len(example.PASSES)
+    assert all(batch.is_floating_point() for batch in seen)
+    before = float(re.search(r"softmax attention: ([\d.]+)%", printed)[1])
+    rows = re.findall(r"(hedgehog|agent)\(.*?([\d.]+)% .*?([\d.]+)% .*?([\d.]+)% .*?\d+ s", printed)
+    assert [row[0] for row in rows] == ["hedgehog", "agent"]
+    for _, rewritten, fitted, share in rows:
+        assert float(rewritten) < float(fitted) - 5
+        assert float(share) == pytest.approx(100 * float(fitted) / before, abs=0.2)
