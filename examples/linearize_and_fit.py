@@ -1,7 +1,9 @@
 """Linear attention in a trained vision transformer, and the accuracy that fitting brings back.
 
 A ViT is trained on scikit-learn's handwritten digits (1,797 images of 8x8, enlarged to 32x32: 64 patches and a class token), its attention
-is rewritten, and what the passes added is fitted against the model as it was, on images without labels. Run it:
+is rewritten, and what the passes added is fitted against the model as it was, on images without labels. All of it takes 200 seconds of one
+CPU core; of an accuracy of 98.9% to 99.3%, for seeds 0 to 2, hedgehog keeps 98.9% to 99.8% and agent 98.2% to 99.3%. It is no faster: with
+65 tokens softmax is cheaper, as the warnings say. Run it:
 
     python examples/linearize_and_fit.py
     python examples/linearize_and_fit.py --seed 1 --pass "hedgehog(features=8)" --pass "agent(tokens=25, learnable=True)"
