@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,43 @@ def draw_token_exit(photo: np.ndarray, kept: Sequence[int], grid: int, path: Pat
         axes.set_title(f"layer {layer}: {count} visual tokens", fontsize=11, color="black" if count else "#a03020")
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What one method keeps. seen: the share of the layers that see each patch, groups: which patches were merged into one, or None; both
+    [grid, grid]."""
+
+    title: str
+    seen: np.ndarray
+    groups: np.ndarray | None = None
+
+
+def draw_kept(photo: np.ndarray, panels: Sequence[Panel], path: Path) -> Path:
+    """The photograph once per method: patches as bright as there are layers that see them, and merged ones in the mean of their colours."""
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.2 * columns, 3.6 * rows + 0.5), layout="constrained")
+    figure.suptitle("The patches that the language model sees: bright in all layers, pale in none (random weights)", fontsize=13)
+    for axes in np.ravel(figure.subplots(rows, columns, squeeze=False))[len(panels) :]:
+        axes.remove()
+    for axes, panel in zip(figure.axes, panels, strict=True):
+        grid = len(panel.seen)
+        of_patch = np.arange(photo.shape[0]) * grid // photo.shape[0]
+        picture = photo if panel.groups is None else _merged(photo, panel.groups[of_patch][:, of_patch])
+        share = panel.seen[of_patch][:, of_patch, None]
+        _photograph(axes, share * picture + (1 - share) * _faded(photo))
+        _grid_lines(axes, photo, grid)
+        axes.set_title(panel.title, fontsize=11)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    return path
+
+
+def _merged(photo: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """The photograph with the pixels of each group, [height, width] of numbers, in their mean colour."""
+    flat, counts = groups.ravel(), np.maximum(np.bincount(groups.ravel()), 1)
+    means = np.stack([np.bincount(flat, photo[..., channel].ravel()) / counts for channel in range(3)], -1)
+    return means[flat].reshape(photo.shape)
 
 
 def draw_patches(photo: np.ndarray, grid: int, window: int, agents: int, path: Path) -> Path:

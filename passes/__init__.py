@@ -13,6 +13,7 @@ from passes.prune.diverse import Diverse
 from passes.prune.evit import EViT
 from passes.prune.fastv import FastV
 from passes.prune.merge import ToMe
+from passes.prune.outlier_tokens import OutlierTokens
 from passes.prune.pyramid import PyramidDrop
 from passes.prune.token_exit import TokenExit
 from passes.redistribute.calibrate import Calibrate
@@ -49,6 +50,7 @@ __all__ = [
     "Lightning",
     "ModalityMutual",
     "Neighborhood",
+    "OutlierTokens",
     "PyramidDrop",
     "ReluAttention",
     "Rala",

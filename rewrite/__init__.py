@@ -3,6 +3,7 @@
 from typing import Any
 
 from rewrite.api import autotune, explain, kernels, rewrite
+from rewrite.contrast import contrast
 from rewrite.fitting import fit, load, save
 from rewrite.ir import (
     AttentionInputs,
@@ -22,6 +23,7 @@ from rewrite.ir import (
     parse_pass,
     register_pass,
 )
+from rewrite.kept import kept_tokens
 from rewrite.prediction import SlowerWarning
 from rewrite.report import Report
 from rewrite.sweep import HeadSweep, sweep_heads
@@ -46,9 +48,11 @@ __all__ = [
     "SlowerWarning",
     "autotune",
     "available_passes",
+    "contrast",
     "explain",
     "fit",
     "kernels",
+    "kept_tokens",
     "load",
     "parameter",
     "parse_pass",

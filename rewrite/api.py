@@ -12,13 +12,14 @@ from torch import nn
 
 import codegen
 from rewrite.compiled import InnerBackend
+from rewrite.dry_run import call_original
 from rewrite.entry import install, session_of
 from rewrite.ir.errors import PassError, RewriteError
 from rewrite.ir.passes import Pass
 from rewrite.ir.registry import as_passes
-from rewrite.measuring import measure_sites
+from rewrite.measuring import measure_call, measure_sites
 from rewrite.prediction import Gate
-from rewrite.report import Report
+from rewrite.report import Measured, Report
 from rewrite.session import Session
 
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
@@ -42,8 +43,8 @@ def rewrite(
     call. inplace: change this model instead of a deep copy of it. backend: any torch.compile backend; it receives the rewritten graphs.
     only_if_faster: leave sites alone where the passes' form is predicted to be slower, from multiply-adds and bytes against ceilings
     that are measured on the device; without it they are rewritten as asked, and one `SlowerWarning` names them. What is decided at the
-    first call's sizes holds for all. measure: time every rewritten site on its real operands, before and after, for the report beside the
-    prediction; it needs example_inputs.
+    first call's sizes holds for all. measure: time every rewritten site on its real operands, and the whole model, before and after, for
+    the report beside the prediction; it needs example_inputs.
 
     Raises `PassError` for a pass list that cannot be taken as written, `NoAttentionError`, `NotApplicableError` for a pass that fits no
     site, and the model's own error for inputs it does not take; the model is then what it was.
@@ -72,8 +73,11 @@ def rewrite(
         if measure:
             measured = measure_sites(session, arguments, keywords)
             session.report.sites = [replace(site, measured=measured.get(site.qualified_name)) for site in session.report.sites]
+            before = measure_call(target, lambda *given, **named: call_original(target, given, named), arguments, keywords)
         session.warn_slower()
     install(session)
+    if measure:
+        session.report.measured = Measured(before, measure_call(target, target, arguments, keywords))
     return target
 
 

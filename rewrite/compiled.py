@@ -14,6 +14,7 @@ from torch import fx
 
 from rewrite.carried import Carried, is_activation
 from rewrite.engine import Known, Record, Rewriter, RewrittenGraph
+from rewrite.ir.errors import NotApplicableError
 from rewrite.names import Witness
 from rewrite.notes import Note
 from rewrite.recognise.operators import value_of
@@ -25,6 +26,25 @@ InnerBackend = str | Callable[..., Any]
 WHOLE_GRAPHS: dict[str, Any] = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
 
 _NUMBERS = itertools.count()
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """The tokens that an attention site sees of a stream that some left.
+
+    positions: int64 [B, K], their places among all; one at `length` is a token that was made of several others. length: how many there
+    were. holders: int64 [B, length], where tokens were merged: which of the K each one went into; None elsewhere.
+    """
+
+    positions: torch.Tensor
+    length: int
+    holders: torch.Tensor | None = None
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """bool [B, length]: which tokens are left."""
+        seen = self.positions.new_zeros(len(self.positions), self.length + 1, dtype=torch.bool)
+        return seen.scatter(1, self.positions, True)[:, :-1]
 
 
 class Call(Protocol):
@@ -44,6 +64,9 @@ class Call(Protocol):
 
     def carry(self, value: torch.Tensor, known: Carried) -> None:
         """Note an activation that the graph returned."""
+
+    def keep(self, sites: tuple[str, ...], kept: KeptTokens) -> None:
+        """Tell whoever asked which tokens some sites see."""
 
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that a pass added."""
@@ -69,6 +92,9 @@ class NoCall:
 
     def carry(self, value: torch.Tensor, known: Carried) -> None:
         raise RuntimeError("an activation was noted outside a call")
+
+    def keep(self, sites: tuple[str, ...], kept: KeptTokens) -> None:
+        pass  # nobody can have asked
 
     def parameter(self, name: str) -> torch.Tensor:
         raise RuntimeError(f"no parameter {name} outside a call")
@@ -134,6 +160,11 @@ class CompiledGraph:
             known = Known({index: note for index, (_, note) in notes.items()}, carried, behind, base)
             rewritten = self.rewriter.rewrite(self.graph_module, inputs, known)
             rewritten.record.again = bool(self.variants)
+            decided = [one.by for one in rewritten.record.program.exits if one.when is not None]
+            if decided and self.inner != "eager":
+                raise NotApplicableError(
+                    f"{decided[0]}: the data decide as the graph runs how many tokens stay, which needs backend='eager'; or give a layer"
+                )
             self.on_record(rewritten.record)
             self.variants[key] = Variant(rewritten, self._compiled(rewritten.module))
         return self.variants[key]
@@ -183,6 +214,8 @@ class CompiledGraph:
         produced, layers = variant.graph.produced, variant.graph.layers
         count = len(results) - len(produced)
         facts = dict_of(produced, results[count:])
+        for sites, known in of_sites(produced, results[count:]).items():
+            call.keep(sites, KeptTokens(known["kept"], int(known["length"]), known.get("holders")))
         results = list(results)
         for index in facts.keys() | layers.keys():
             known = facts.get(index, {})
@@ -223,6 +256,15 @@ def _changing(node: fx.Node) -> list[int]:
     """The axes of an input that a capture knows to change from call to call."""
     value = value_of(node)
     return [axis for axis, size in enumerate(value.shape) if isinstance(size, torch.SymInt)] if isinstance(value, torch.Tensor) else []
+
+
+def of_sites(produced: Sequence[Any], values: Sequence[Any]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What was produced for sites, by their names: names -> {kind: value}."""
+    facts: dict[tuple[str, ...], dict[str, Any]] = {}
+    for what, value in zip(produced, values, strict=True):
+        if what.sites:
+            facts.setdefault(what.sites, {})[what.kind] = value
+    return facts
 
 
 def dict_of(produced: Sequence[Any], values: Sequence[Any]) -> dict[int, dict[str, Any]]:

@@ -292,14 +292,15 @@ _NODE_COST: Mapping[str, Callable[[fx.Node, Shapes], int]] = {
 }
 
 
+def node_cost(node: fx.Node, shapes: Shapes) -> GraphCost:
+    """Multiply-adds of a node (none where it is no contraction) and bytes of its operands and result, with tokens gone as in `shapes`."""
+    formula = _NODE_COST.get(canonical(node))
+    touched = [entry for entry in (node, *node.all_input_nodes) if isinstance(value_of(entry), torch.Tensor)]
+    moved = sum(math.prod(_shape(entry, shapes)) * node_itemsize(entry) for entry in touched)
+    return GraphCost(formula(node, shapes) if formula is not None else 0, moved)
+
+
 def graph_cost(graph: fx.Graph, shapes: Shapes) -> GraphCost:
     """Multiply-adds and bytes of every contraction of a graph of the original model, with tokens gone on the axes in `shapes`."""
-    total = GraphCost()
-    for node in graph.nodes:
-        formula = _NODE_COST.get(canonical(node))
-        if formula is None or not isinstance(value_of(node), torch.Tensor):
-            continue
-        touched = [entry for entry in (node, *node.all_input_nodes) if isinstance(value_of(entry), torch.Tensor)]
-        moved = sum(math.prod(_shape(entry, shapes)) * node_itemsize(entry) for entry in touched)
-        total += GraphCost(formula(node, shapes), moved)
-    return total
+    contractions = (node for node in graph.nodes if canonical(node) in _NODE_COST and isinstance(value_of(node), torch.Tensor))
+    return sum((node_cost(node, shapes) for node in contractions), GraphCost())

@@ -14,6 +14,7 @@ import codegen
 from rewrite.breaks import Break, break_of
 from rewrite.carried import Carried, continue_stacks, hand_over, leaving, missing, receive
 from rewrite.cost import GraphCost, graph_cost
+from rewrite.graph_time import device_of, operator_costs
 from rewrite.ir.passes import Pass
 from rewrite.ir.program import Program
 from rewrite.lower.program import Allowed, Extra, Produced, ProgramLowering
@@ -22,7 +23,7 @@ from rewrite.notes import Note
 from rewrite.prediction import Gate
 from rewrite.recognise.flex import is_flex_attention
 from rewrite.recognise.operators import module_path
-from rewrite.recognise.regions import NearMiss, find_regions
+from rewrite.recognise.regions import NearMiss, find_regions, interior
 from rewrite.recognise.sites import Recognition, recognise
 from rewrite.recognise.writes import writes
 from rewrite.tokens.layout import PatchEmbedding, patch_grid
@@ -33,6 +34,7 @@ from rewrite.tokens.visual import visual_merges
 class Record:
     """What happened to one graph, for the report.
 
+    operators: what every operator but the sites' own computes and moves, before and after. place: device and type of the computing.
     lowered: names of the sites whose body was replaced. gone: by site, how many tokens of each row have left in front of it.
     merges: visual tokens join a text in this graph. ended: the break that ended it. cut: by name of a site, what it cannot know because of
     an earlier break. keys_kept: by name of a site with a state, why a KV cache keeps its keys all the same. again: the graph was captured
@@ -47,6 +49,8 @@ class Record:
     before: GraphCost
     after: GraphCost
     kernels: list[codegen.Kernel | codegen.StateKernel]
+    operators: tuple[list[GraphCost], list[GraphCost]] = ([], [])
+    place: tuple[torch.device, torch.dtype] | None = None
     lowered: frozenset[str] = frozenset()
     gone: Mapping[str, int] = field(default_factory=dict)
     merges: bool = False
@@ -128,6 +132,8 @@ class Rewriter:
         left = leaving(graph, recognition, carried) if self.allowed.notes else []
         program = self.plan(recognition)
         before = graph_cost(graph, {})
+        attention = {node for entry in recognition.found for node in interior(entry.region)}
+        operators = operator_costs(graph, {}, attention)
         patches = patch_grid(graph)
         work = self.lowering(self.allowed, module, placeholders, notes, recognition, program, extras)
         changed = work.run() if program.touched or noted else False
@@ -145,6 +151,8 @@ class Rewriter:
             before=before,
             after=graph_cost(graph, work.shapes) if changed else before,
             kernels=work.kernels,
+            operators=(operators, operator_costs(graph, work.shapes, attention | work.bodies) if changed else operators),
+            place=device_of(graph),
             lowered=frozenset(work.lowered),
             gone=work.selections.gone,
             merges=bool(visual_merges(graph_module.graph)),

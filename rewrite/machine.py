@@ -23,6 +23,8 @@ from rewrite.ir.operations import Attend, BlockChoice, Groups, Pool
 from rewrite.ir.site_operations import pool
 
 HEADS, HEAD_DIM = 4, 64
+# Channels in and out of the linear layer that is measured.
+WIDTH = 1024
 SMALL, LARGE = 64, 512
 # A state pays from some hundred tokens on, and a band is cut into blocks from there; they are measured where that is so.
 SMALLEST = {"state": 256, "banded": 256}
@@ -47,7 +49,8 @@ class Ceiling:
 @dataclass(frozen=True)
 class Machine:
     """Ceilings by way of computing: those of `codegen.SKELETONS`; "sdpa", "eager" and "large" (a model's own: fused, and a map written out,
-    beyond what an allocator keeps in "large"); and "plain", an operation of a body that is no attention (pooling, features).
+    beyond what an allocator keeps in "large"); "plain", an operation of a body that is no attention (pooling, features); "linear", linear
+    layers and other contractions of the model; and "moved", its operators that multiply nothing (norms, sums, activations).
 
     bandwidth: bytes per second, from memory and to it. plain_bandwidth: likewise, through a plain operation.
     """
@@ -75,9 +78,11 @@ def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Machine
         right = left.clone()
         bandwidth = 3 * left.nbytes / least_time(lambda: torch.add(left, right, out=right), device)
         plain, plain_bandwidth = _plain(left)
-        ceilings = {way: _ceiling(way, device, dtype) for way in (*codegen.SKELETONS, "sdpa", "eager")}
+        ceilings = {way: _ceiling(way, device, dtype) for way in (*codegen.SKELETONS, "sdpa", "eager", "linear")}
         ceilings["large"] = _large(ceilings["eager"].call, device, dtype)
-    ceilings["plain"] = Ceiling(plain, ceilings["eager"].rate)
+        little = left[:1]
+        moved = least_time(lambda: torch.add(little, little), device)
+    ceilings["plain"], ceilings["moved"] = (Ceiling(call, ceilings["eager"].rate) for call in (plain, moved))
     return Machine(ceilings, bandwidth, plain_bandwidth)
 
 
@@ -130,7 +135,10 @@ def _ceiling(way: str, device: torch.device, dtype: torch.dtype) -> Ceiling:
 
 
 def _probe(way: str, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[float, int, float]:
-    """(multiply-adds, calls, seconds) of one attention of so many tokens."""
+    """(multiply-adds, calls, seconds) of one attention of so many tokens, or of a linear layer on them."""
+    if way == "linear":
+        source, weight = torch.rand(tokens, WIDTH, device=device).to(dtype), torch.rand(WIDTH, WIDTH, device=device).to(dtype)
+        return tokens * WIDTH**2, 1, least_time(lambda: functional.linear(source, weight), device)
     query, key, value = (torch.rand(1, HEADS, tokens, HEAD_DIM, device=device).to(dtype) for _ in range(3))
     quadratic = HEADS * tokens**2 * 2 * HEAD_DIM
     if way == "sdpa":

@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 import codegen
-from rewrite.cost import node_itemsize, operation_costs, original_cost
+from rewrite.cost import GraphCost, node_itemsize, operation_costs, original_cost
+from rewrite.graph_time import seconds_of
 from rewrite.ir.operations import Attend, RegionRoutes
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site
@@ -28,7 +29,7 @@ class SlowerWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds of one site, before and after, as predicted."""
+    """Seconds of one site, or of a whole model, before and after, as predicted."""
 
     before: float
     after: float
@@ -38,14 +39,12 @@ class Prediction:
         """Above 1 is slower."""
         return self.after / self.before
 
+    def __add__(self, other: Prediction) -> Prediction:
+        return Prediction(self.before + other.before, self.after + other.after)
+
 
 def predict(before: Site, after: Site, itemsize: int, materialised: bool, machine: Machine) -> Prediction:
     """A site as the model has it and as the passes left it. materialised: the model writes the map out, by operators of its own."""
-    cost = original_cost(before, itemsize, materialised)
-    # A fused call leaves out what positions alone hide, as ours does; a map is computed whole.
-    own = cost.multiply_adds if materialised else codegen.computed_multiply_adds(before.attend, before.dims)
-    written = itemsize * math.prod(before.dims[name] for name in ("B", "H", "Nq", "Nk"))
-    first = machine.seconds(("eager" if written <= LARGEST_KEPT else "large") if materialised else "sdpa", own, cost.bytes)
     chosen = {each.result: math.prod(each.regions) for each in after.body.operations if isinstance(each, RegionRoutes)}
     second = 0.0
     for part in operation_costs(after, itemsize):
@@ -56,16 +55,38 @@ def predict(before: Site, after: Site, itemsize: int, materialised: bool, machin
             second += machine.seconds(work.skeleton, work.multiply_adds, part.bytes, calls)
         else:
             second += machine.seconds("plain", part.multiply_adds, part.bytes)
-    return Prediction(first, second)
+    return Prediction(original_seconds(before, itemsize, materialised, machine), second)
+
+
+def original_seconds(site: Site, itemsize: int, materialised: bool, machine: Machine) -> float:
+    """A site as the model computes it."""
+    cost = original_cost(site, itemsize, materialised)
+    # A fused call leaves out what positions alone hide, as ours does; a map is computed whole.
+    own = cost.multiply_adds if materialised else codegen.computed_multiply_adds(site.attend, site.dims)
+    written = itemsize * math.prod(site.dims[name] for name in ("B", "H", "Nq", "Nk"))
+    return machine.seconds(("eager" if written <= LARGEST_KEPT else "large") if materialised else "sdpa", own, cost.bytes)
 
 
 def predicted(entry: Found, after: Site) -> Prediction:
     """The prediction for a recognised site, on the device and in the type that it was traced with."""
+    return predict(entry.site, after, *_traced(entry))
+
+
+def as_it_was(entry: Found, left: Site) -> Prediction:
+    """The prediction for a site that goes on as the model has it, with the tokens that are left."""
+    return Prediction(*(original_seconds(site, *_traced(entry)) for site in (entry.site, left)))
+
+
+def around_sites(operators: tuple[list[GraphCost], list[GraphCost]], device: torch.device, dtype: torch.dtype) -> Prediction:
+    """The prediction for operators of a graph, before and after."""
+    return Prediction(*(seconds_of(costs, machine_of(device, dtype)) for costs in operators))
+
+
+def _traced(entry: Found) -> tuple[int, bool, Machine]:
+    """(bytes of an element, whether the map is written out, the machine) of a site as it was traced."""
     output = value_of(entry.region.output)
     assert isinstance(output, torch.Tensor)
-    return predict(
-        entry.site, after, node_itemsize(entry.region.output), is_materialised(entry.region.core), machine_of(output.device, output.dtype)
-    )
+    return node_itemsize(entry.region.output), is_materialised(entry.region.core), machine_of(output.device, output.dtype)
 
 
 def is_materialised(core: fx.Node) -> bool:

@@ -17,7 +17,7 @@ from rewrite.engine import Record
 from rewrite.ir.operations import Attend
 from rewrite.ir.site import Site
 from rewrite.lower.recurrence import declined_words
-from rewrite.prediction import Prediction, is_materialised, predicted
+from rewrite.prediction import Prediction, around_sites, as_it_was, is_materialised, predicted
 from rewrite.recognise.sites import Found
 
 # Columns of the table that are numbers.
@@ -28,7 +28,7 @@ Status = Literal["rewritten", "kept", "declined"]
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one site, before and after, as measured."""
+    """Seconds of one site, or of a whole model, before and after, as measured."""
 
     before: float
     after: float
@@ -106,7 +106,11 @@ class Fitted:
 
 @dataclass
 class Report:
-    """Everything `rewrite` knows of a model. Print it for a table; `to_dict()` gives plain data."""
+    """Everything `rewrite` knows of a model. Print it for a table; `to_dict()` gives plain data.
+
+    predicted: seconds of the whole model at the traced shapes, every operator that tokens run through among them; None where nothing was
+    asked for. measured: as measured, where asked.
+    """
 
     passes: tuple[str, ...]
     sites: list[SiteReport] = field(default_factory=list)
@@ -118,6 +122,8 @@ class Report:
     graphs: int = 0
     breaks: list[Break] = field(default_factory=list)
     fitting: Fitted | None = None
+    predicted: Prediction | None = None
+    measured: Measured | None = None
 
     def add(self, record: Record) -> None:
         """Take in what happened to one more graph."""
@@ -130,6 +136,9 @@ class Report:
             if entry.site.name in record.lowered:
                 self.total_after += GraphCost(after.multiply_adds, after.bytes)
             self.sites.append(self._site(entry, changed[entry.site.name], record, before, after))
+        if self.passes and record.place is not None:
+            seconds = whole_graph(record)
+            self.predicted = seconds if self.predicted is None else self.predicted + seconds
         self._without_kernels(record)
         self._tokens(record)
         self.near_misses += [NearMissReport(miss.module, miss.node, miss.reason) for miss in record.misses]
@@ -197,6 +206,7 @@ class Report:
             "near_misses": [dataclasses.asdict(miss) for miss in self.near_misses],
             "notes": list(self.notes),
             "fitting": None if self.fitting is None else dataclasses.asdict(self.fitting),
+            **{kind: None if (each := getattr(self, kind)) is None else dataclasses.asdict(each) for kind in ("predicted", "measured")},
             "total_before": dataclasses.asdict(self.total_before),
             "total_after": dataclasses.asdict(self.total_after),
         }
@@ -259,6 +269,11 @@ class Report:
             f"whole model: {_count(before.multiply_adds)} → {_count(after.multiply_adds)} multiply-adds{ratio}; "
             + ", ".join(f"{count} {status}" for status, count in self.counts().items() if count)
         )
+        for kind in ("predicted", "measured"):
+            each = getattr(self, kind)
+            if each is not None:
+                told = f"{each.before * 1e3:.3g} → {each.after * 1e3:.3g} ms, {each.before / each.after:.2f}x as fast"
+                yield f"whole model as {kind}: {told}"
 
     def __str__(self) -> str:
         # Wide enough that the table of a report written to a file does not fold its numbers.
@@ -275,6 +290,17 @@ def site_costs(entry: Found, site: Site, record: Record) -> tuple[Cost, Cost]:
     before = original_cost(entry.site, itemsize, materialised)
     left = left_of(site, record)
     return before, rewritten_cost(left, itemsize) if site.name in record.lowered else original_cost(left, itemsize, materialised)
+
+
+def whole_graph(record: Record) -> Prediction:
+    """The time of one graph as predicted: its sites, and every other operator."""
+    assert record.place is not None
+    changed = {site.name: site for site in record.program.sites}
+    total = around_sites(record.operators, *record.place)
+    for entry in record.recognition.found:
+        seconds = predicted if entry.site.name in record.lowered else as_it_was
+        total += seconds(entry, left_of(changed[entry.site.name], record))
+    return total
 
 
 def left_of(site: Site, record: Record) -> Site:

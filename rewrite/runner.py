@@ -18,7 +18,7 @@ from torch.utils import _python_dispatch
 
 from rewrite.breaks import Break
 from rewrite.carried import Carried, Handover
-from rewrite.compiled import Call, CompiledGraph, InnerBackend, NoCall
+from rewrite.compiled import Call, CompiledGraph, InnerBackend, KeptTokens, NoCall
 from rewrite.dry_run import call_original
 from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import ModelCallError, RewriteError
@@ -90,6 +90,10 @@ class RunningCall:
 
     def carry(self, value: torch.Tensor, known: Carried) -> None:
         self.handover.write(value, known)
+
+    def keep(self, sites: tuple[str, ...], kept: KeptTokens) -> None:
+        for asked in self.session.kept:
+            asked.update(dict.fromkeys(sites, kept))
 
     def parameter(self, name: str) -> torch.Tensor:
         return self.session.parameter(name)

@@ -13,7 +13,7 @@ from torch import nn
 
 import codegen
 from rewrite.breaks import collected_breaks
-from rewrite.compiled import WHOLE_GRAPHS, InnerBackend
+from rewrite.compiled import WHOLE_GRAPHS, InnerBackend, KeptTokens
 from rewrite.dry_run import call_original, copied, kind_of_call, untouched
 from rewrite.engine import Record
 from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
@@ -51,6 +51,7 @@ class Session:
     declined: list[tuple[str, str, str]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
     failure: RewriteError | None = None
+    kept: list[dict[str, KeptTokens]] = field(default_factory=list)
     _pending: dict[str, nn.Parameter] = field(default_factory=dict)
     _recording: bool = False
 
@@ -257,7 +258,7 @@ class Session:
         return "; ".join(f"{', '.join(sites)}: {reason}" for reason, sites in names.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"proofs": {}, "seen": set(), "failure": None, "_pending": {}, "_recording": False}
+        fresh: dict[str, Any] = {"proofs": {}, "seen": set(), "failure": None, "kept": [], "_pending": {}, "_recording": False}
         return {**self.__dict__, **fresh}
 
 

@@ -26,7 +26,7 @@ except (ImportError, RuntimeError):
 
 
 # A device whose every call is free and whose every way of computing is as fast as any: no test depends on what this machine can do.
-EVEN = Machine(dict.fromkeys((*codegen.SKELETONS, "sdpa", "eager", "large", "plain"), Ceiling(0.0, 1e11)), 1e15, 1e15)
+EVEN = Machine(dict.fromkeys((*codegen.SKELETONS, "sdpa", "eager", "large", "plain", "linear", "moved"), Ceiling(0.0, 1e11)), 1e15, 1e15)
 
 
 @pytest.fixture(autouse=True)

@@ -89,13 +89,14 @@ def reason_against_entry(program: Program, stack: int, entry: Site | None) -> st
     return None if entry is not None else "the first layer of its stack is in another graph of the call"
 
 
-def applied_by_pictures(program: Program, fits: Fits, count: Count, by: str, first: int | None) -> Program:
+def applied_by_pictures(program: Program, fits: Fits, count: Count, by: str, first: int | None, joined: bool = False) -> Program:
     """Visual tokens kept from entering a language model by the attention of the CLS token of the vision tower that they come from.
 
     first: the first of the tower's layers that is read, up to the last one that they went through; None reads that one alone.
+    joined: all heads as one, see `Received`.
     """
     for stack in stacks(program):
-        selections = _by_pictures(program, stack, count, by, first)
+        selections = _by_pictures(program, stack, count, by, first, joined)
         read = () if isinstance(selections, str) else tuple(_read(selections, program))
         unfit = next((f"{site.name} is read, and {reason}" for site in read if (reason := READ.reason_against(site))), None)
         program = applied(program, fits, stack, unfit or selections, by)
@@ -111,7 +112,7 @@ def _read(selections: tuple[Select, ...], program: Program) -> list[Site]:
     return [site for site in program.sites if site.name in names]
 
 
-def _by_pictures(program: Program, stack: int, count: Count, by: str, first: int | None) -> tuple[Select, ...] | str:
+def _by_pictures(program: Program, stack: int, count: Count, by: str, first: int | None, joined: bool) -> tuple[Select, ...] | str:
     entry = at_layer(program, stack, 0)
     if isinstance(count.keep, float) and count.keep == 1.0:
         return keeps_all(by)
@@ -128,5 +129,5 @@ def _by_pictures(program: Program, stack: int, count: Count, by: str, first: int
     ]
     if not chosen:
         return f"its visual tokens went through the layers 0 to {last.layer} of the vision tower, none of which is layer {first} or later"
-    rule = Received(tuple(site.name for site in chosen), (0, 1))
+    rule = Received(tuple(site.name for site in chosen), (0, 1), joined)
     return (Select(stack, 0, "before", "visual", count, rule, by),)

@@ -6,6 +6,14 @@ prompt by prompt; this is its static form, with the layer given:
 
     layers 0 .. L-1 are unchanged;  layers L .. depth-1 run on  h[not visual]  with the positions those tokens had
 
+With `relevance` the layer is found as the model runs, as in the second stage of ToDRE (Li et al. 2025), which removes all visual tokens
+where their relevance to the task is low. That paper has no public code, and its abstract does not say how relevance is measured; here it is
+
+    r_l = mean over heads of the attention that the last query of layer l gives to all visual tokens together
+
+and L is the first layer, from `layer` on, with r_{L-1} < relevance in every row of the batch: a batch leaves together, where each of its
+prompts may, so that its rows keep equally many tokens. A prompt by itself does not depend on others.
+
 Kept tokens keep their position numbers and the KV caches of the later layers hold no visual keys, so on the kept tokens the result is
 that of the unshortened model with the visual keys masked in layers L and later.
 """
@@ -17,7 +25,20 @@ from typing import Literal, Self
 
 import torch
 
-from rewrite.ir import CHANGES_NOTHING, AttentionInputs, Exit, Fits, NotApplicableError, Pass, Program, parameter, register_pass
+from rewrite.ir import (
+    CHANGES_NOTHING,
+    AttentionInputs,
+    Exit,
+    Fits,
+    Irrelevant,
+    NotApplicableError,
+    Pass,
+    Program,
+    Received,
+    Site,
+    parameter,
+    register_pass,
+)
 
 
 @register_pass
@@ -25,8 +46,9 @@ from rewrite.ir import CHANGES_NOTHING, AttentionInputs, Exit, Fits, NotApplicab
 class TokenExit(Pass):
     """All visual tokens leave in front of layer `layer` of every stack that has them.
 
-    The static form has no published layer: half the depth is this project's default. Raises `NotApplicableError` when applied to a stack
-    with fewer than `layer` layers.
+    The static form has no published layer: half the depth is this project's default, and layer 1 with `relevance`. Then each layer that may
+    be the one reads a row of the attention before it; where no token leaves, that and copies of the stream are the cost, and no gain.
+    Raises `NotApplicableError` when applied to a stack with fewer than `layer` layers.
     """
 
     name = "token_exit"
@@ -38,9 +60,14 @@ class TokenExit(Pass):
     layer: int | Literal["never"] | None = parameter(
         None, 'the first layer without visual tokens, from 0; None is half the depth, "never" changes nothing'
     )
+    relevance: float | None = parameter(
+        None, "from `layer` on tokens leave where the last query gives them less attention than this; None: at `layer`"
+    )
 
     def check(self) -> None:
         self.require(not isinstance(self.layer, int) or self.layer >= 0, "layer", 'at least 0, "never" or None')
+        self.require(self.relevance is None or 0.0 < self.relevance <= 1.0, "relevance", "above 0 and at most 1, or None")
+        self.require(self.relevance is None or self.layer != 0, "layer", "at least 1 where relevance is given: the layer before is read")
 
     @classmethod
     def identity(cls) -> Self:
@@ -49,7 +76,7 @@ class TokenExit(Pass):
     def first_layer(self, depth: int) -> int:
         """The first layer without visual tokens in a stack of `depth` layers; `depth` where they never leave."""
         if self.layer is None:
-            return depth // 2
+            return depth // 2 if self.relevance is None else 1
         return depth if self.layer == "never" else self.layer
 
     def apply(self, program: Program) -> Program:
@@ -69,6 +96,10 @@ class TokenExit(Pass):
                 f"{self}: {holders[0].name} is in a stack of {depth} layers; the visual tokens can leave in front of 0 to {depth - 1}"
             )
         leaving = tuple(site for site in holders if site.layer >= layer)
+        if leaving and self.relevance is not None:
+            missing = set(range(layer - 1, depth)) - {site.layer for site in sites}
+            if missing:
+                against |= dict.fromkeys((site.name for site in leaving), f"layer {min(missing)} is in another graph of the call")
         blocking = next((site for site in leaving if against[site.name] is not None), None)
         if blocking is not None:
             otherwise = f"the visual tokens would have to leave {blocking.name} too, and there {against[blocking.name]}"
@@ -80,10 +111,20 @@ class TokenExit(Pass):
         for site in sites:
             if site not in leaving:
                 program = program.with_declined(site, str(self), against[site.name] or otherwise)
-        return program.with_exit(Exit(stack, layer, by=str(self)), leaving) if leaving else program
+        return program.with_exits(self._exits(sites, stack, layer), leaving) if leaving else program
+
+    def _exits(self, sites: tuple[Site, ...], stack: int, first: int) -> tuple[Exit, ...]:
+        """The exits of a stack: one, or one for each layer that may be it."""
+        if self.relevance is None:
+            return (Exit(stack, first, by=str(self)),)
+        read = {site.layer + 1: Irrelevant(Received((site.name,), (-1, None)), self.relevance) for site in sites}
+        return tuple(Exit(stack, layer, str(self), when) for layer, when in sorted(read.items()) if first <= layer < max(read))
 
     def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Attention with the visual keys masked, where they have left. Rows of queries that have left themselves mean nothing."""
+        """Attention with the visual keys masked, where they have left. Rows of queries that have left themselves mean nothing.
+
+        With `relevance`, at a layer in front of which they left.
+        """
         logits, site = attention.logits, attention.site
         if attention.visual is not None and site.layout.visual and site.layer >= self.first_layer(site.depth):
             logits = logits.masked_fill(_per_key(attention.visual), -torch.inf)

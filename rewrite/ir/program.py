@@ -30,12 +30,16 @@ class Program:
         sites = tuple(site if old.name == site.name else old for old in self.sites)
         return replace(self, sites=sites, touched=(*self.touched, (site.name, by)))
 
-    def with_exit(self, exit_: Exit, sites: tuple[Site, ...]) -> Program:
-        """This program with one more exit, which changes the given sites: they have no visual tokens any more."""
-        touched = tuple((site.name, exit_.by) for site in sites)
-        names = {site.name for site in sites}
+    def with_exits(self, exits: tuple[Exit, ...], sites: tuple[Site, ...]) -> Program:
+        """This program with more exits of one pass in one stack, which change the given sites.
+
+        Those behind an exit that is sure have no visual tokens any more.
+        """
+        sure = [one.layer for one in exits if one.when is None]
+        names = {site.name for site in sites if sure and site.layer >= min(sure)}
         left = tuple(replace(site, layout=replace(site.layout, visual=False)) if site.name in names else site for site in self.sites)
-        return replace(self, sites=left, exits=(*self.exits, exit_), touched=self.touched + touched)
+        touched = tuple((site.name, exits[0].by) for site in sites)
+        return replace(self, sites=left, exits=self.exits + exits, touched=self.touched + touched)
 
     def with_selections(self, selections: tuple[Select | Merge, ...], sites: tuple[Site, ...]) -> Program:
         """This program with more selections of one pass in one stack, which change the given sites or read them.

@@ -15,29 +15,41 @@ Rounding = Literal["ceil", "floor", "round"]
 
 
 @dataclass(frozen=True)
-class Exit:
-    """Visual tokens leave the stack in front of one layer: that layer and all later ones do not see them.
-
-    stack: number of the stack. layer: the first layer without visual tokens, from 0.
-    """
-
-    stack: int
-    layer: int
-    by: str
-
-
-@dataclass(frozen=True)
 class Received:
     """A token's score is the attention that it receives: the mean over heads, summed over the queries `rows` and over `sites`, by name.
 
     rows: (start, stop) as of a slice of the queries, negative from the end: (0, 1) is a leading CLS token, (-1, None) the last query. The
     attention is that of the tokens that are there when the site runs. A site of the layer that the tokens leave in front of is read with
     them still there: its queries and keys are computed for that. Sites of the vision tower that made the visual tokens score these as the
-    patches they were, picture by picture.
+    patches they were, picture by picture. joined: the heads as one, whose query and key are those of all heads side by side: the softmax of
+    the sum over heads of q_h k_h / sqrt(H D), for unmasked attention.
     """
 
     sites: tuple[str, ...]
     rows: tuple[int, int | None]
+    joined: bool = False
+
+
+@dataclass(frozen=True)
+class Irrelevant:
+    """Visual tokens leave where the attention that all of them together receive is less than `below` in every row of the batch."""
+
+    rule: Received
+    below: float
+
+
+@dataclass(frozen=True)
+class Exit:
+    """Visual tokens leave the stack in front of one layer: that layer and all later ones do not see them.
+
+    stack: number of the stack. layer: the first layer without visual tokens, from 0. when: in what calls; None is in all. What the data
+    decide is decided for the whole batch, so that every row keeps equally many tokens.
+    """
+
+    stack: int
+    layer: int
+    by: str
+    when: Irrelevant | None = None
 
 
 @dataclass(frozen=True)

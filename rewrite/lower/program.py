@@ -15,7 +15,7 @@ import codegen
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Program
-from rewrite.ir.selection import LOG_SIZE
+from rewrite.ir.selection import LOG_SIZE, first_layer
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
@@ -48,11 +48,13 @@ class Produced:
     """A value that a rewritten graph returns beside the traced outputs.
 
     "positions", "length", "groups" or "sinks" of the cache entries `outputs`; "state", "seen" and "held" of what stands for them
-    (`codegen.recurrence`); "visual" and "features" of the activations `outputs`.
+    (`codegen.recurrence`); "visual" and "features" of the activations `outputs`. "kept", "length" and
+    "holders" of the tokens that `sites` see.
     """
 
     kind: str
     outputs: tuple[int, ...]
+    sites: tuple[str, ...] = ()
 
 
 @dataclass
@@ -85,6 +87,7 @@ class ProgramLowering:
         self.kernels: list[codegen.Kernel | codegen.StateKernel] = []
         self.shapes: dict[fx.Node, dict[int, int]] = {}
         self.lowered: set[str] = set()
+        self.bodies: set[fx.Node] = set()
         self.states = StateCaches(self)
         self.selections = Selections(self.graph, recognition, program, self._visual)
         self.added_outputs: list[fx.Node | int] = []
@@ -93,7 +96,9 @@ class ProgramLowering:
         self.output = next(node for node in self.graph.nodes if node.op == "output")
 
     def run(self) -> bool:
+        own = set(self.graph.nodes)
         changed = self.lower_sites()
+        self.bodies = set(self.graph.nodes) - own
         self._emit()
         self.states.run(self._changed())
         if self.program.token_operations() or any(note.positions is not None for note in self.notes.values()):
@@ -126,6 +131,7 @@ class ProgramLowering:
             given[parameter.name] = self._parameter(f"{site.name}.{parameter.name}", parameter)
         groups = [operation for operation in site.body.operations if isinstance(operation, Grouping)]
         if groups:
+            self._require_every_key(site, groups[0])
             if not isinstance(groups[0], ReceivedSinks):
                 if entry.stream is None:
                     raise NotApplicableError(f"{site.name}: the hidden states that enter its layer were not found")
@@ -153,6 +159,16 @@ class ProgramLowering:
                 self._require_notes(site.name)
                 self.produced.append(Produced(groups[0].noted, outputs))
                 self.added_outputs.append(lowered[groups[0].result])
+
+    def _require_every_key(self, site: Site, grouping: Grouping) -> None:
+        """Keys are sorted into groups by all tokens of a prompt, and what a KV cache notes of groups counts all of them."""
+        by = [one.by for one in self.program.token_operations(site.stack) if first_layer(one) <= site.layer and site.layout.visual]
+        if by and not isinstance(grouping, ReceivedSinks):
+            own = ", ".join(one for one in self.program.passes_of(site) if one not in by)
+            raise NotApplicableError(
+                f"{site.name}: {own} sorts its keys into groups, for which all visual tokens must be there, and {by[0]} leaves some; "
+                f"leave one of the two out, or let the tokens leave in front of a later layer than those that {own} changes"
+            )
 
     def _parameter(self, name: str, parameter: Any) -> fx.Node:
         if not self.allowed.parameters:
@@ -266,6 +282,20 @@ class ProgramLowering:
             self.added_outputs.append(positions)
             self.produced.append(Produced("length", tuple(indices)))
             self.added_outputs.append(length)
+
+        self._tell_kept()
+
+    def _tell_kept(self) -> None:
+        """Return which tokens each site sees, for whoever asks."""
+        sites: dict[tuple[Any, Any, Any], tuple[str, ...]] = {}
+        for name, seen in self.selections.seen.items():
+            key = (seen.positions, seen.length, seen.holders)
+            sites[key] = (*sites.get(key, ()), name)
+        for values, names in sites.items():
+            for kind, value in zip(("kept", "length", "holders"), values, strict=True):
+                if value is not None:
+                    self.produced.append(Produced(kind, (), names))
+                    self.added_outputs.append(value)
 
     def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
         kept = self.selections.kept

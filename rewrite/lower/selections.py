@@ -15,9 +15,9 @@ from torch import fx
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Statistic
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Exit, Merge, Received, Select, TokenOperation, first_layer
+from rewrite.ir.selection import Exit, Merge, Received, Select, Spread, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number
-from rewrite.lower.lowering import lower_statistic
+from rewrite.lower.lowering import lower_operand, lower_statistic
 from rewrite.lower.merging import Merged, Sizes, merge_tokens
 from rewrite.recognise.operators import canonical, hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
@@ -47,7 +47,7 @@ class Selections:
     """The token operations of one program, put into one graph.
 
     Made before sites are lowered. seeds: what `push_selections` is given. kept: by node of positions, how many there are at the traced
-    shapes. gone: by name of a site, how many tokens of each row it does not see.
+    shapes. gone: by name of a site, how many tokens of each row it does not see. seen: by name of a site, what it sees of them.
     """
 
     def __init__(self, graph: fx.Graph, recognition: Recognition, program: Program, visual: Callable[[Found], fx.Node]) -> None:
@@ -56,6 +56,7 @@ class Selections:
         self.seeds: dict[fx.Node, dict[int, Selection]] = {}
         self.kept: dict[fx.Node, int] = {}
         self.gone: dict[str, int] = {}
+        self.seen: dict[str, Selection] = {}
         self.sizes = Sizes(graph)
         self._cut: dict[fx.Node, fx.Node] = {}
         self._places = {one: self._place(one) for stack in self._stacks() for one in self._operations(stack)}
@@ -72,11 +73,14 @@ class Selections:
                 entry, stream = self._places[one]
                 left = self._leave(one, entry, stream, left or self._all(entry, stream, one))
                 whole = hinted_shape(stream)[1]
-                self.gone.update(
-                    (found.site.name, whole - left.hints[0]) for found in self._entries(stack) if found.site.layer >= first_layer(one)
-                )
-
+                self._note(one, whole - left.hints[0], self.seeds[self._cut[stream]][1])
         self.sizes.put()
+
+    def _note(self, one: TokenOperation, gone: int, left: Selection) -> None:
+        """What the sites behind an operation see."""
+        behind = [found.site.name for found in self._entries(one.stack) if found.site.layer >= first_layer(one)]
+        self.gone.update(dict.fromkeys(behind, gone))
+        self.seen.update(dict.fromkeys(behind, left))
 
     def shortened(self) -> Iterable[Found]:
         """The sites that some tokens left in front of."""
@@ -150,8 +154,7 @@ class Selections:
             assert left.selection is not None
             self.seeds.update({node: {1: selection} for node, selection in short.items()})
             self.kept[left.selection.positions] = left.hint
-            gone = hinted_shape(stream)[1] - left.hint
-            self.gone.update((found.site.name, gone) for found in self._entries(stack) if found.site.layer >= first_layer(one))
+            self._note(one, hinted_shape(stream)[1] - left.hint, left.selection)
 
     def _leave(self, one: Exit | Select, entry: Found, stream: fx.Node, left: Left) -> Left:
         """Cut the residual stream to the tokens that stay."""
@@ -159,9 +162,8 @@ class Selections:
         current = self._cut.get(stream, stream)
         if current is not stream:
             users = list(current.users)
-        score = None
-        if isinstance(one, Select) and isinstance(one.rule, Received):
-            score = self._score(one, one.rule, current, stream, left)
+        rule = _rule_of(one)
+        score = self._score(one, rule, current, stream, left) if isinstance(rule, Received) else None
         needed = [node for node in (current, score, *_numbers(left)) if node is not None]
         if isinstance(one, Exit) or one.candidates == "visual":
             needed.append(self.visual(entry))
@@ -207,8 +209,13 @@ class Selections:
         if left.positions is not None:
             mask = at.call(gather_tokens, (mask, left.positions, 1))
         number: Number
-        if isinstance(one, Exit):
+        if isinstance(one, Exit) and one.when is None:
             number, hint, leaves = 0, 0, mask
+        elif isinstance(one, Exit):
+            # What it costs is told as if they stayed.
+            assert one.when is not None
+            number, hint = at.call(choose.visual_staying, (mask, score, left.visual, one.when.below)), present
+            leaves = at.call(choose.visual_leaving_all, (mask, number))
         else:
             pictures = self._pictures(one)
             # By picture, the count is of each picture's patches.
@@ -228,14 +235,15 @@ class Selections:
         positions = chosen if left.positions is None else at.call(choose.composed_positions, (left.positions, chosen, left.length, False))
         return chosen, Left(positions, left.length, kept, number, left.every, (tokens - present + hint, hint, every))
 
-    def _pictures(self, one: Select) -> Found | None:
+    def _pictures(self, one: Exit | Select) -> Found | None:
         """The site of a vision tower that scores visual tokens as the patches they were; None where the language model's own do."""
-        read = self.recognition.by_name(one.rule.sites[0]) if isinstance(one.rule, Received) else None
+        rule = _rule_of(one)
+        read = self.recognition.by_name(rule.sites[0]) if isinstance(rule, Received) else None
         return read if read is not None and read.site.stack != one.stack else None
 
     # Scores
 
-    def _score(self, one: Select, rule: Received, current: fx.Node, stream: fx.Node, left: Left) -> fx.Node:
+    def _score(self, one: Exit | Select, rule: Received, current: fx.Node, stream: fx.Node, left: Left) -> fx.Node:
         """[B, tokens of `current`], or [pictures, tokens of a vision tower] where that scores."""
         received = [self._received(one, name, rule, current, stream) for name in rule.sites]
         pictures = self._pictures(one)
@@ -244,7 +252,7 @@ class Selections:
         with self.graph.inserting_after(self._behind_inputs(max(after))):
             return self.graph.call_function(choose.attention_received, (received, tokens))
 
-    def _received(self, one: Select, name: str, rule: Received, current: fx.Node, stream: fx.Node) -> fx.Node:
+    def _received(self, one: Exit | Select, name: str, rule: Received, current: fx.Node, stream: fx.Node) -> fx.Node:
         """[B, H, Nk]: what the keys of one site receive from the queries that the rule reads."""
         entry = self.recognition.by_name(name)
         site = next(site for site in self.program.sites if site.name == name)
@@ -253,12 +261,17 @@ class Selections:
         if len(site.body.operations) != 1 or not attends or foreign:
             by = ", ".join(by for by in self.program.passes_of(site) if by != one.by)
             raise NotApplicableError(f"{one.by} reads the attention of {name}, which {by or 'its model'} makes more than one attention of")
+        if rule.joined:
+            operands = [operand.node for name, operand in entry.region.operands().items() if name in ("query", "key")]
+            at = Cursor(self.graph, self._behind_inputs(max(operands)))
+            query, key = (lower_operand(at, entry.region, name) for name in ("query", "key"))
+            return at.call(choose.received_as_one_head, (query, key, *rule.rows))
         statistic = Statistic("received", attends[0], "queries", rows=rule.rows)
-        ahead = one.place == "before" and site.stack == one.stack and site.layer == one.layer
+        ahead = isinstance(one, Select) and one.place == "before" and site.stack == one.stack and site.layer == one.layer
         copied = self._ahead(entry, stream, current, one) if ahead else {}
         return lower_statistic(self.graph, statistic, entry.region, copied)
 
-    def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Select) -> dict[fx.Node, fx.Node]:
+    def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Exit | Select) -> dict[fx.Node, fx.Node]:
         """Copies, right behind the stream, of what makes a layer's queries and keys: they see the tokens that leave in front of it."""
         operands = {name: operand.node for name, operand in entry.region.operands().items() if name != "value"}
         needed, stack = set(operands.values()), list(operands.values())
@@ -278,6 +291,11 @@ class Selections:
     def _behind_inputs(self, node: fx.Node) -> fx.Node:
         """The node, or the last input where it is an input: from there on all inputs are there."""
         return [other for other in self.graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node
+
+
+def _rule_of(one: Exit | Select) -> Received | Spread | None:
+    """What decides which tokens leave; None where nothing does."""
+    return one.rule if isinstance(one, Select) else None if one.when is None else one.when.rule
 
 
 def _of_patches(one: TokenOperation) -> bool:

@@ -39,6 +39,15 @@ def attention_received(received: Sequence[Tensor], tokens: int) -> Tensor:
     return torch.stack([one[..., one.shape[-1] - tokens :].mean(1) for one in received]).sum(0)
 
 
+def received_as_one_head(query: Tensor, key: Tensor, start: int, stop: int | None) -> Tensor:
+    """[B, 1, Nk]: what keys receive from the queries `start` to `stop`, all heads as one; query [B, H, Nq, D], key [B, Hkv, Nk, D]."""
+    read = query[:, :, start:stop]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    scores = torch.einsum("bhid,bhjd->bij", read, key) * (query.shape[1] * query.shape[3]) ** -0.5
+    received: Tensor = scores.softmax(-1).sum(1, keepdim=True)
+    return received
+
+
 def chosen_patches(score: Tensor, prefix: int, kept: int) -> Tensor:
     """Positions [B, prefix + kept] (int64, ascending): the first `prefix` tokens, and those behind them of the greatest `score` [B, N]."""
     best = score[:, prefix:].topk(kept, dim=1).indices.sort(dim=1).values + prefix
@@ -86,3 +95,13 @@ def visual_leaving_spread(visual: Tensor, stream: Tensor, present: int, kept: in
     places = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :present]
     stay = places.gather(1, spread_out(gather_tokens(stream, places, 1), kept))
     return visual & ~torch.zeros_like(visual).scatter(1, stay, True)
+
+
+def visual_staying(visual: Tensor, score: Tensor, present: int, below: float) -> int:
+    """How many of the `present` visual tokens of each row stay: none where all they receive, of `score` [B, N], is less in every row."""
+    return present if bool(((score * visual).sum(1) >= below).any()) else 0
+
+
+def visual_leaving_all(visual: Tensor, kept: int) -> Tensor:
+    """bool [B, N]: the visual tokens that leave, all or none of them."""
+    return torch.zeros_like(visual) if kept else visual

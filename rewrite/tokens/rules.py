@@ -83,7 +83,10 @@ TRIANGLES = frozenset({"tril", "triu"})
 
 # the engine's own choice of tokens: they take tensors with the tokens that are left, and give places among these
 CHOICES = frozenset(
-    {"attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread", "matched"}
+    (
+        *("attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread", "matched"),
+        *("visual_staying", "visual_leaving_all", "received_as_one_head"),
+    )
 )
 # what it cuts a stream with: the result has the tokens that were chosen
 CUTS = frozenset({"gather_tokens", "fused_tokens", "merged_tokens"})

@@ -15,7 +15,7 @@ from rewrite.machine import Ceiling, Machine, machine_of
 from rewrite.prediction import predict
 from tests.api.small import images, run, vit
 
-WAYS = (*codegen.SKELETONS, "sdpa", "eager", "large", "plain")
+WAYS = (*codegen.SKELETONS, "sdpa", "eager", "large", "plain", "linear", "moved")
 SLOW, QUICK = "sparsifiner(keep=0.5)", "agent(tokens=4)"
 
 
@@ -73,7 +73,7 @@ def test_every_way_of_computing_is_told_apart() -> None:
         assert (work.calls > 1) == (way == "banded")
         # A dear call of that way, and of no other, makes the prediction slower.
         assert predict(long, after, 4, False, device(**{way: 1.0})).ratio > 1
-        others = {other: 1.0 for other in WAYS if other not in (way, "sdpa", "plain")}
+        others = {other: 1.0 for other in WAYS if other not in (way, "sdpa", "plain", "linear", "moved")}
         assert predict(long, after, 4, False, device(**others)).after < 1
 
 
@@ -122,7 +122,9 @@ def test_measured_beside_predicted() -> None:
         assert site_.measured.before > 0
         assert site_.measured.after > 0
         assert site_.predicted is not None
-    assert "measured" in str(changed.rewrite_report)
+    assert changed.rewrite_report.measured.before > 0
+    assert changed.rewrite_report.measured.after > 0
+    assert "whole model as measured" in str(changed.rewrite_report)
     assert torch.equal(run(changed, images()), run(rewrite(vit(), [QUICK], example_inputs=(images(),)), images()))
     with pytest.raises(PassError, match="needs example_inputs"):
         rewrite(vit(), [QUICK], measure=True)
@@ -134,3 +136,19 @@ def test_a_device_is_measured_once() -> None:
     assert all(each.call > 0 and each.rate > 0 for each in found.ceilings.values())
     assert found.bandwidth > 0
     assert machine_of(torch.device("cpu"), torch.float32) is found
+
+
+def test_a_whole_model_counts_every_operator_on_the_tokens_that_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where multiply-adds are all that takes time, the prediction is their ratio; where bytes are, norms and activations count too."""
+    use(monkeypatch, device())
+    report = explain(vit(), (images(),), ["evit(keep=0.5, layers=(0,))"])
+    before, after = report.total_before.multiply_adds, report.total_after.multiply_adds
+    assert before > 1.2 * after
+    assert report.predicted.before == pytest.approx(before / 1e11, rel=1e-3)
+    assert report.predicted.after == pytest.approx(after / 1e11, rel=1e-3)
+    assert f"{before / after:.2f}x as fast" in str(report)
+    use(monkeypatch, device(bandwidth=1.0))
+    moved = explain(vit(), (images(),), ["evit(keep=0.5, layers=(0,))"]).predicted
+    assert moved.before > 1.5 * report.total_before.bytes
+    assert 1.05 < moved.before / moved.after < before / after
+    assert explain(vit(), (images(),)).predicted is None

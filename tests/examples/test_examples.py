@@ -76,3 +76,18 @@ def test_linear_attention_is_fitted_without_labels(monkeypatch: pytest.MonkeyPat
     for _, rewritten, fitted, share in rows:
         assert float(rewritten) < float(fitted) - 5
         assert float(share) == pytest.approx(100 * float(fitted) / before, abs=0.2)
+
+
+def test_prune_vlm_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("prune_vlm")
+    methods = ("cls_prune(keep=0.25)", "merge(r=4)")
+    assert {"cls_prune", "cls_ensemble", "diverse", "fastv", "pyramid", "token_exit", "merge"} <= {
+        one.split("(")[0] for one in example.METHODS
+    }
+    example.main(["--small", "--output", str(tmp_path / "kept.png"), "--methods", *methods])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Random weights" in printed
+    for told in (*methods, "9 of 36", "36 of 36"):
+        assert told in printed
+    assert (tmp_path / "kept.png").stat().st_size > 10_000

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rewrite import NotApplicableError, parse_pass, rewrite
+from rewrite import NotApplicableError, RewriteError, kept_tokens, parse_pass, rewrite
 from tests.models.architectures import IMAGE_TOKEN, IMPLEMENTATIONS, llava, llava_inputs, rewritten, same_gradients
 from tests.models.oracles import attention_replaced_by, by_reference, visual_masked_from
 from tests.models.test_passes_on_models import recognised_sites
@@ -117,6 +117,45 @@ def test_a_layer_beyond_the_stack_is_an_error() -> None:
         rewritten(llava("sdpa"), ["token_exit(layer=40)"], llava_inputs())
 
 
+def relevances(model: Any, inputs: dict[str, torch.Tensor]) -> list[float]:
+    """By layer of the language model, the most attention that a row's last query gives to visual tokens."""
+    visual, found = visual_of(inputs), []
+
+    def attention(query: Any, key: Any, value: torch.Tensor, logits: torch.Tensor, number: int) -> torch.Tensor:
+        weights = logits.softmax(-1).nan_to_num(0.0)
+        if number >= 3:  # behind the vision tower's
+            found.append(float((weights[:, :, -1].mean(1) * visual).sum(1).max()))
+        return weights @ value
+
+    with torch.no_grad(), attention_replaced_by(attention):
+        model(**inputs)
+    return found
+
+
+def test_exit_where_the_image_is_not_relevant_any_more() -> None:
+    """For each of several batches the layer is another one, by the attention alone; from there on it is the exit at that layer."""
+    model = llava("sdpa")
+    batches = [{**llava_inputs(), "pixel_values": 2.0**seed * torch.randn(2, 3, 56, 56)} for seed in range(3)]
+    found = [relevances(model, inputs) for inputs in batches]
+
+    def layers(below: float) -> list[int]:
+        return [next((layer for layer in range(1, 4) if each[layer - 1] < below), 4) for each in found]
+
+    below = max((1.0001 * share for each in found for share in each), key=lambda share: len(set(layers(share))))
+    assert len(set(layers(below))) > 1
+    changed = rewritten(model, [f"token_exit(relevance={below})"], batches[0])
+    for inputs, layer in zip(batches, layers(below), strict=True):
+        with kept_tokens(changed) as kept:
+            actual = changed.generate(**inputs, **GREEDY)
+        assert [int(one.mask.sum(1)[0]) for one in kept.values()] == [30] * (layer - 1) + [14] * (4 - layer)
+        with visual_masked_from(model, layer, visual_of(inputs)):
+            assert torch.equal(actual, model.generate(**inputs, **GREEDY))
+    small = llava("sdpa", layers=2, vision_layers=2)
+    compiled = rewritten(small, [f"token_exit(relevance={below})"], batches[0], backend="aot_eager")
+    with pytest.raises(NotApplicableError, match="needs backend='eager'"), torch.no_grad():
+        compiled(**batches[0])
+
+
 SINKS = "sink_redistribution(tau=2.2, first_layer=1, rho=0.6, summ=0.1)"
 
 
@@ -172,3 +211,27 @@ def test_passes_together(implementation: str) -> None:
         logits = changed(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], use_cache=False).logits
     # Without a cache the generated tokens are judged for sinks too; with this threshold none of them is one.
     assert torch.equal(logits[:, prompt - 1 : -1].argmax(-1), ids[:, prompt:])
+
+
+def test_pruning_exit_sinks_and_temperature() -> None:
+    """In one list: sinks of layers that see every visual token. Where a pass left fewer, the refusal names the two."""
+    model, inputs = llava("sdpa", layers=4), llava_inputs()
+    passes = ["token_exit(layer=3)", SINKS, "temperature(value=1.5)"]
+    with pytest.raises(
+        NotApplicableError, match=r"layers.1.self_attn: sink_redistribution.* into groups.* and cls_prune\(keep=0.5\) leaves"
+    ):
+        rewritten(model, ["cls_prune(keep=0.5)", *passes], inputs)
+    changed = rewritten(model, passes, inputs)
+    by_layer = [{by.split("(")[0] for by in site.passes} for site in changed.rewrite_report.sites][-4:]
+    assert by_layer == [{"temperature"}, {"sink_redistribution"}, {"sink_redistribution"}, {"token_exit", "temperature"}]
+    with kept_tokens(changed) as kept:
+        ids = changed.generate(**inputs, **GREEDY)
+    ((_, left),) = kept.items()
+    assert torch.equal(left.mask, ~visual_of(inputs))
+    prompt = inputs["input_ids"].shape[1]
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), ids.shape[1] - prompt, dtype=torch.long)], dim=1)
+    with torch.no_grad():
+        logits = changed(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], use_cache=False).logits
+    assert torch.equal(logits[:, prompt - 1 : -1].argmax(-1), ids[:, prompt:])
+    with pytest.raises(RewriteError, match="not rewritten"), kept_tokens(model):
+        pass

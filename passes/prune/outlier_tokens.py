@@ -1,0 +1,53 @@
+"""Outlier tokens: of each picture only the few patches enter the language model that the vision tower's CLS token heaps its attention on.
+
+Gong et al. 2024, "DAMRO: Dive into the Attention Mechanism of LVLM to Reduce Object Hallucination": such patches mostly show background,
+hold what is global, and language models follow them into objects that are not there. The model that sees nothing else is what DAMRO
+decodes against (`rewrite.contrast`); by itself it is no better model. Of each picture, with q and k of the last layer of the vision tower
+that the features went through,
+
+    a_j = softmax_j( q_cls k_j / sqrt(C) ),   all heads as one of C channels
+
+and the `keep` greatest stay. The authors' code puts them in the order of a and numbers positions anew; here they stay in the order of the
+picture, with the positions they had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from passes.prune import choice
+from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, parameter, register_pass
+
+
+@register_pass
+@dataclass(frozen=True)
+class OutlierTokens(Pass):
+    """Of each picture's patches the `keep` that CLS looks at most enter the language model: what DAMRO decodes against.
+
+    The vision tower must be as `cls_prune` says. The default is that of the authors' script for POPE; for MME they keep 10.
+    """
+
+    name = "outlier_tokens"
+    family = "prune"
+    paper = "Gong, Ming, Wang, Wei: DAMRO, EMNLP 2024 (arXiv 2410.04514)"
+    formula = "h_0 = h_0[text and topk(a)], a = softmax(q_cls k / sqrt(C)) of the vision tower, its heads as one"
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+
+    keep: int | float = parameter(4, "number of each picture's patches that stay, or their share; 1.0 changes nothing")
+
+    def check(self) -> None:
+        self.require(choice.is_amount(self.keep), "keep", choice.AMOUNT)
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(keep=1.0)
+
+    def apply(self, program: Program) -> Program:
+        return choice.applied_by_pictures(program, self.fits, Count(self.keep), str(self), None, joined=True)
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """Plain attention: in the vision tower no token leaves."""
+        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value
