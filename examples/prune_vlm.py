@@ -29,14 +29,15 @@ METHODS = (
     "cls_prune(keep=0.25)",
     "cls_ensemble(keep=0.25)",
     "hired(keep=0.25)",
-    "dominant_contextual",
+    "dominant_contextual(dominant=0.2, contextual=0.05)",
     "diverse(keep=0.25)",
     "fastv(layer=2, drop=0.75)",
     "pyramid(layers=(1, 2, 3))",
     "token_exit(layer=2)",
+    "outlier_tokens",
     "merge(r=2)",
     "fuse",
-    "matryoshka",
+    "matryoshka(tokens=144)",
 )
 
 Inputs = dict[str, torch.Tensor]

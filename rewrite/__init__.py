@@ -4,7 +4,7 @@ from typing import Any
 
 from rewrite.api import autotune, explain, kernels, rewrite
 from rewrite.contrast import contrast
-from rewrite.fitting import fit, load, save
+from rewrite.fitting import fit, fit_exit, load, save
 from rewrite.ir import (
     AttentionInputs,
     Fits,
@@ -51,6 +51,7 @@ __all__ = [
     "contrast",
     "explain",
     "fit",
+    "fit_exit",
     "kernels",
     "kept_tokens",
     "load",

@@ -68,6 +68,9 @@ class Call(Protocol):
     def keep(self, sites: tuple[str, ...], kept: KeptTokens) -> None:
         """Tell whoever asked which tokens some sites see."""
 
+    def route(self, site: str, features: torch.Tensor) -> None:
+        """Tell whoever asked what a router in front of a site's layer is given."""
+
     def parameter(self, name: str) -> torch.Tensor:
         """A parameter that a pass added."""
 
@@ -95,6 +98,9 @@ class NoCall:
 
     def keep(self, sites: tuple[str, ...], kept: KeptTokens) -> None:
         pass  # nobody can have asked
+
+    def route(self, site: str, features: torch.Tensor) -> None:
+        pass
 
     def parameter(self, name: str) -> torch.Tensor:
         raise RuntimeError(f"no parameter {name} outside a call")
@@ -215,7 +221,10 @@ class CompiledGraph:
         count = len(results) - len(produced)
         facts = dict_of(produced, results[count:])
         for sites, known in of_sites(produced, results[count:]).items():
-            call.keep(sites, KeptTokens(known["kept"], int(known["length"]), known.get("holders")))
+            if "kept" in known:
+                call.keep(sites, KeptTokens(known["kept"], int(known["length"]), known.get("holders")))
+            if "routed" in known:
+                call.route(sites[0], known["routed"])
         results = list(results)
         for index in facts.keys() | layers.keys():
             known = facts.get(index, {})

@@ -95,6 +95,10 @@ class RunningCall:
         for asked in self.session.kept:
             asked.update(dict.fromkeys(sites, kept))
 
+    def route(self, site: str, features: torch.Tensor) -> None:
+        for asked in self.session.routed:
+            asked[site] = features
+
     def parameter(self, name: str) -> torch.Tensor:
         return self.session.parameter(name)
 

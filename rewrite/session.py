@@ -52,6 +52,7 @@ class Session:
     seen: set[Any] = field(default_factory=set)
     failure: RewriteError | None = None
     kept: list[dict[str, KeptTokens]] = field(default_factory=list)
+    routed: list[dict[str, torch.Tensor]] = field(default_factory=list)
     _pending: dict[str, nn.Parameter] = field(default_factory=dict)
     _recording: bool = False
 
@@ -258,7 +259,15 @@ class Session:
         return "; ".join(f"{', '.join(sites)}: {reason}" for reason, sites in names.items())
 
     def __getstate__(self) -> dict[str, Any]:
-        fresh: dict[str, Any] = {"proofs": {}, "seen": set(), "failure": None, "kept": [], "_pending": {}, "_recording": False}
+        fresh: dict[str, Any] = {
+            "proofs": {},
+            "seen": set(),
+            "failure": None,
+            "kept": [],
+            "routed": [],
+            "_pending": {},
+            "_recording": False,
+        }
         return {**self.__dict__, **fresh}
 
 

@@ -27,6 +27,7 @@ from rewrite.fitting.saved import save
 from rewrite.ir.errors import FittingError
 from rewrite.ir.fitting import Fitting
 from rewrite.ir.passes import Pass
+from rewrite.ir.selection import ROUTER
 from rewrite.report import Fitted
 from rewrite.runner import Runner
 from rewrite.session import ADDED, Session, state_name
@@ -141,13 +142,16 @@ def _belonging(original: nn.Module, rewritten: nn.Module) -> Session:
 
 
 def _added(session: Session) -> dict[str, nn.Parameter]:
-    """What the passes added, by full name."""
-    names = [name for name, _ in session.root.named_parameters() if name.startswith(f"{ADDED}.")]
-    if not names:
-        passes = ", ".join(str(one) for one in session.passes)
-        raise FittingError(f"there is nothing to train: none of the passes ({passes}) adds parameters to this model")
+    """What the passes added, by full name, but routers, which no output has a gradient for."""
     there = dict(session.root.named_parameters())
-    return {name: there[f"{ADDED}.{state_name(name)}"] for name in session.added if f"{ADDED}.{state_name(name)}" in there}
+    places = {name: f"{ADDED}.{state_name(name)}" for name in session.added if name.rpartition(".")[2] not in ROUTER}
+    added = {name: there[place] for name, place in places.items() if place in there}
+    if not added:
+        passes = ", ".join(str(one) for one in session.passes)
+        raise FittingError(
+            f"there is nothing to train: none of the passes ({passes}) adds parameters to it, or routers alone, which fit_exit trains"
+        )
+    return added
 
 
 @contextlib.contextmanager

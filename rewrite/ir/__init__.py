@@ -64,7 +64,7 @@ from rewrite.ir.operations import (
 from rewrite.ir.passes import CHANGES_NOTHING, PHASES, AttentionInputs, Family, Fits, Pass, parameter
 from rewrite.ir.program import Program
 from rewrite.ir.registry import as_passes, available_passes, parse_pass, pass_class, register_pass
-from rewrite.ir.selection import LOG_SIZE, Count, Exit, Irrelevant, Merge, Received, Select, Spread, first_layer
+from rewrite.ir.selection import LOG_SIZE, Count, Exit, Irrelevant, Merge, Received, Routed, Select, Spread, first_layer
 from rewrite.ir.site import Site, TokenLayout
 
 __all__ = [
@@ -123,6 +123,7 @@ __all__ = [
     "ReceivedSinks",
     "RegionRoutes",
     "ReinforceHeads",
+    "Routed",
     "RewriteError",
     "SharedNormaliser",
     "Select",

@@ -38,6 +38,18 @@ class Irrelevant:
     below: float
 
 
+# What a router adds to the site of the layer that it stands in front of: [width, 2C], [2, width], and [1], which training leaves at zero.
+ROUTER = ("router_up", "router_down", "router_margin")
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Visual tokens leave where a learned router says so of every row of the batch: down gelu(up f), whose second number plus the margin is
+    greater than the first. f, [2C], is the mean of the text tokens behind the image but the last, and the last, in front of the layer."""
+
+    width: int
+
+
 @dataclass(frozen=True)
 class Exit:
     """Visual tokens leave the stack in front of one layer: that layer and all later ones do not see them.
@@ -49,7 +61,7 @@ class Exit:
     stack: int
     layer: int
     by: str
-    when: Irrelevant | None = None
+    when: Irrelevant | Routed | None = None
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def _leaving(
     """bool [B, Nk]: which of the visual tokens `present` leave; `every`: of those there were at the start."""
     if isinstance(one, Exit):
         if one.when is not None:
-            raise ValueError(f"whether tokens have left {site.name} is decided by the attention of {one.when.rule.sites[0]}")
+            raise ValueError(f"whether tokens have left {site.name} is decided by more than its own tensors")
         return present
     if isinstance(one, Merge):
         raise ValueError(f"tokens of {site.name} are merged by the keys of {one.site}")

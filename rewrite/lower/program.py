@@ -49,7 +49,7 @@ class Produced:
 
     "positions", "length", "groups" or "sinks" of the cache entries `outputs`; "state", "seen" and "held" of what stands for them
     (`codegen.recurrence`); "visual" and "features" of the activations `outputs`. "kept", "length" and
-    "holders" of the tokens that `sites` see.
+    "holders" of the tokens that `sites` see; "routed", what a router in front of one is given.
     """
 
     kind: str
@@ -89,7 +89,7 @@ class ProgramLowering:
         self.lowered: set[str] = set()
         self.bodies: set[fx.Node] = set()
         self.states = StateCaches(self)
-        self.selections = Selections(self.graph, recognition, program, self._visual)
+        self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter)
         self.added_outputs: list[fx.Node | int] = []
         self._masks: dict[fx.Node, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
@@ -296,6 +296,9 @@ class ProgramLowering:
                 if value is not None:
                     self.produced.append(Produced(kind, (), names))
                     self.added_outputs.append(value)
+        for name, features in self.selections.routed.items():
+            self.produced.append(Produced("routed", (), (name,)))
+            self.added_outputs.append(features)
 
     def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
         kept = self.selections.kept

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from rewrite.ir.errors import NotApplicableError
-from rewrite.ir.operations import Statistic
+from rewrite.ir.operations import Parameter, Statistic
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Exit, Merge, Received, Select, Spread, TokenOperation, first_layer
+from rewrite.ir.selection import ROUTER, Exit, Irrelevant, Merge, Received, Select, Spread, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number
 from rewrite.lower.lowering import lower_operand, lower_statistic
 from rewrite.lower.merging import Merged, Sizes, merge_tokens
@@ -48,15 +48,24 @@ class Selections:
 
     Made before sites are lowered. seeds: what `push_selections` is given. kept: by node of positions, how many there are at the traced
     shapes. gone: by name of a site, how many tokens of each row it does not see. seen: by name of a site, what it sees of them.
+    routed: by name of a site, what the router in front of its layer is given.
     """
 
-    def __init__(self, graph: fx.Graph, recognition: Recognition, program: Program, visual: Callable[[Found], fx.Node]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        recognition: Recognition,
+        program: Program,
+        visual: Callable[[Found], fx.Node],
+        parameter: Callable[[str, Parameter], fx.Node],
+    ) -> None:
         self.graph, self.recognition, self.program = graph, recognition, program
-        self.visual = visual
+        self.visual, self.parameter = visual, parameter
         self.seeds: dict[fx.Node, dict[int, Selection]] = {}
         self.kept: dict[fx.Node, int] = {}
         self.gone: dict[str, int] = {}
         self.seen: dict[str, Selection] = {}
+        self.routed: dict[str, fx.Node] = {}
         self.sizes = Sizes(graph)
         self._cut: dict[fx.Node, fx.Node] = {}
         self._places = {one: self._place(one) for stack in self._stacks() for one in self._operations(stack)}
@@ -213,8 +222,7 @@ class Selections:
             number, hint, leaves = 0, 0, mask
         elif isinstance(one, Exit):
             # What it costs is told as if they stayed.
-            assert one.when is not None
-            number, hint = at.call(choose.visual_staying, (mask, score, left.visual, one.when.below)), present
+            number, hint = self._staying(one, entry, mask, current, score, left, at), present
             leaves = at.call(choose.visual_leaving_all, (mask, number))
         else:
             pictures = self._pictures(one)
@@ -234,6 +242,17 @@ class Selections:
         chosen = at.call(kept_positions, (leaves, kept))
         positions = chosen if left.positions is None else at.call(choose.composed_positions, (left.positions, chosen, left.length, False))
         return chosen, Left(positions, left.length, kept, number, left.every, (tokens - present + hint, hint, every))
+
+    def _staying(self, one: Exit, entry: Found, mask: fx.Node, current: fx.Node, score: fx.Node | None, left: Left, at: Cursor) -> fx.Node:
+        """How many visual tokens stay where the data decide whether they leave."""
+        if isinstance(one.when, Irrelevant):
+            return at.call(choose.visual_staying, (mask, score, left.visual, one.when.below))
+        assert one.when is not None
+        shapes = zip(ROUTER, ((one.when.width, 2 * hinted_shape(current)[2]), (2, one.when.width), (1,)), strict=True)
+        added = [self.parameter(f"{entry.site.name}.{name}", Parameter(name, shape, trainable=False)) for name, shape in shapes]
+        features = at.call(choose.routed_features, (mask, current))
+        self.routed[entry.site.name] = features
+        return at.call(choose.visual_staying_routed, (features, *added, left.visual))
 
     def _pictures(self, one: Exit | Select) -> Found | None:
         """The site of a vision tower that scores visual tokens as the patches they were; None where the language model's own do."""
@@ -295,7 +314,9 @@ class Selections:
 
 def _rule_of(one: Exit | Select) -> Received | Spread | None:
     """What decides which tokens leave; None where nothing does."""
-    return one.rule if isinstance(one, Select) else None if one.when is None else one.when.rule
+    if isinstance(one, Select):
+        return one.rule
+    return one.when.rule if isinstance(one.when, Irrelevant) else None
 
 
 def _of_patches(one: TokenOperation) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rewrite.ir.errors import ModelCallError
 from rewrite.ir.selection import Count, Rounding
@@ -100,6 +101,22 @@ def visual_leaving_spread(visual: Tensor, stream: Tensor, present: int, kept: in
 def visual_staying(visual: Tensor, score: Tensor, present: int, below: float) -> int:
     """How many of the `present` visual tokens of each row stay: none where all they receive, of `score` [B, N], is less in every row."""
     return present if bool(((score * visual).sum(1) >= below).any()) else 0
+
+
+def routed_features(visual: Tensor, stream: Tensor) -> Tensor:
+    """[B, 2C]: the mean of the tokens of `stream` [B, N, C] behind the last visual one, but the last (if there are any), and the last."""
+    place = torch.arange(visual.shape[1], device=visual.device)
+    behind = (place > torch.where(visual, place, -1).amax(1, keepdim=True)) & (place < len(place) - 1)
+    last = stream[:, -1]
+    total = (stream * behind[..., None]).sum(1)
+    count = behind.sum(1, keepdim=True)
+    return torch.cat([torch.where(count > 0, total / count.clamp(min=1), last), last], -1)
+
+
+def visual_staying_routed(features: Tensor, up: Tensor, down: Tensor, margin: Tensor, present: int) -> int:
+    """How many of the `present` visual tokens of each row stay: none where a router (`Routed`) lets those of every row go."""
+    stay, leave = functional.linear(functional.gelu(functional.linear(features, up)), down).unbind(-1)
+    return 0 if bool((leave + margin > stay).all()) else present
 
 
 def visual_leaving_all(visual: Tensor, kept: int) -> Tensor:

@@ -85,7 +85,7 @@ TRIANGLES = frozenset({"tril", "triu"})
 CHOICES = frozenset(
     (
         *("attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread", "matched"),
-        *("visual_staying", "visual_leaving_all", "received_as_one_head"),
+        *("visual_staying", "visual_staying_routed", "routed_features", "visual_leaving_all", "received_as_one_head"),
     )
 )
 # what it cuts a stream with: the result has the tokens that were chosen
