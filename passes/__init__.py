@@ -10,8 +10,11 @@ from passes.linearize.rala import Rala
 from passes.prune.cls_ensemble import ClsEnsemble
 from passes.prune.cls_prune import ClsPrune
 from passes.prune.diverse import Diverse
+from passes.prune.dominant_contextual import DominantContextual
 from passes.prune.evit import EViT
 from passes.prune.fastv import FastV
+from passes.prune.hired import HiRed
+from passes.prune.matryoshka import Matryoshka
 from passes.prune.merge import ToMe
 from passes.prune.outlier_tokens import OutlierTokens
 from passes.prune.pyramid import PyramidDrop
@@ -39,6 +42,7 @@ __all__ = [
     "ClsPrune",
     "Composite",
     "Diverse",
+    "DominantContextual",
     "EViT",
     "EnhancedLinear",
     "FastV",
@@ -46,8 +50,10 @@ __all__ = [
     "Halo",
     "HeadReinforce",
     "Hedgehog",
+    "HiRed",
     "InlineAttention",
     "Lightning",
+    "Matryoshka",
     "ModalityMutual",
     "Neighborhood",
     "OutlierTokens",

@@ -17,6 +17,7 @@ from rewrite.lower.program import Extra, Produced
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.recognise.streams import is_parameter, reaches
+from rewrite.tokens.chosen import GIVEN, Chosen, Given
 from rewrite.tokens.visual import CARRIED, VisualMerge, visual_mask_node, visual_merges
 
 
@@ -25,12 +26,19 @@ class Carried:
     """Known of an activation [B, N, C].
 
     visual: bool [B, N], the visual positions, and features: the vision features at them, of all rows together; None where there are none.
-    layers: names of the sites of its stack so far.
+    layers: names of the sites of its stack so far. chosen: of the patches [pictures, P, C] or [P, C], which ones a pass keeps.
     """
 
     visual: torch.Tensor | None = None
     features: torch.Tensor | None = None
     layers: tuple[str, ...] = ()
+    chosen: Chosen | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What a graph is rewritten by."""
+        chosen = None if self.chosen is None else (self.chosen.choice, self.chosen.made is not None)
+        return (self.visual is not None, self.layers, chosen)
 
 
 @dataclass(frozen=True)
@@ -44,17 +52,25 @@ class Leaving:
 
 @dataclass
 class Handover:
-    """Carried facts by the tensor they are known of, for one call. Tensors are held, so that none takes another's place."""
+    """Carried facts by the tensor they are known of, for one call. Tensors are held, so that none takes another's place.
+
+    Pictures may enter a text in another call than that of their tower, as in `generate()`: what was chosen of them is noted on the tensor.
+    """
 
     by_tensor: dict[int, tuple[torch.Tensor, int, Carried]] = field(default_factory=dict)
 
     def write(self, tensor: torch.Tensor, known: Carried) -> None:
         self.by_tensor[id(tensor)] = (tensor, _version(tensor), known)
+        if known.chosen is not None:
+            setattr(tensor, _ATTRIBUTE, (_version(tensor), Carried(chosen=known.chosen)))
 
     def read(self, tensor: torch.Tensor) -> Carried | None:
         """What is known of a tensor; None where that is nothing, or it was written into since."""
-        _, version, known = self.by_tensor.get(id(tensor), (None, 0, None))
+        _, version, known = self.by_tensor.get(id(tensor), (None, *getattr(tensor, _ATTRIBUTE, (0, None))))
         return known if version == _version(tensor) else None
+
+
+_ATTRIBUTE = "rewrite_carried"
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -62,10 +78,19 @@ def _version(tensor: torch.Tensor) -> int:
 
 
 def receive(graph: fx.Graph, placeholders: Sequence[fx.Node], carried: Mapping[int, Carried]) -> list[Extra]:
-    """Give a graph the visual positions of its inputs as inputs of their own, so that recognition sees a merge there."""
+    """Give a graph the visual positions of its inputs as inputs of their own, so that recognition sees a merge there; and choices."""
     extras: list[Extra] = []
     last = placeholders[-1] if placeholders else None
     for index, known in carried.items():
+        if known.chosen is not None and last is not None:
+            nodes: dict[str, fx.Node] = {}
+            for kind, value in (("stay", known.chosen.stay), ("made", known.chosen.made)):
+                if value is not None:
+                    with graph.inserting_after(last):
+                        last = nodes[kind] = graph.placeholder(f"rewrite_{kind}_{index}")
+                    last.meta["example_value"] = value
+                    extras.append(Extra(kind, index=index))
+            placeholders[index].meta[GIVEN] = Given(known.chosen.choice, nodes["stay"], nodes.get("made"))
         if known.visual is None or known.features is None or last is None:
             continue
         given = placeholders[index]

@@ -19,6 +19,7 @@ from rewrite.names import Witness
 from rewrite.notes import Note
 from rewrite.recognise.operators import value_of
 from rewrite.states import state_entry
+from rewrite.tokens.chosen import Chosen
 
 InnerBackend = str | Callable[..., Any]
 
@@ -136,7 +137,7 @@ class CompiledGraph:
 
     def __post_init__(self) -> None:
         self.floating = [index for index, node in enumerate(self._placeholders()) if is_activation(node)]
-        self.streams = [index for index in self.floating if value_of(self._placeholders()[index]).ndim == 3]
+        self.streams = [index for index in self.floating if value_of(self._placeholders()[index]).ndim in (2, 3)]
 
     def _placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
@@ -158,7 +159,7 @@ class CompiledGraph:
             )
             for index, (_, note) in notes.items()
         )
-        of_activations = tuple((index, known.visual is not None, known.layers) for index, known in carried.items())
+        of_activations = tuple((index, known.kind) for index, known in carried.items())
         key = (of_caches, of_activations, base)
         if key not in self.variants:
             told = {index: words for index in self.floating if (words := self.current().behind(inputs[index])) is not None}
@@ -213,11 +214,13 @@ class CompiledGraph:
                 values.append(call.parameter(extra.name))
             elif extra.kind in ("visual", "features"):
                 values.append(getattr(call.carried(inputs[extra.index]), extra.kind))
+            elif extra.kind in ("stay", "made"):
+                values.append(getattr(getattr(call.carried(inputs[extra.index]), "chosen", None), extra.kind))
             else:
                 values.append(getattr(notes[extra.index][1], extra.kind))
         with call.graph(variant.graph.record):
             results = variant.run(*values)
-        produced, layers = variant.graph.produced, variant.graph.layers
+        produced, layers, chosen = variant.graph.produced, variant.graph.layers, variant.graph.chosen
         count = len(results) - len(produced)
         facts = dict_of(produced, results[count:])
         for sites, known in of_sites(produced, results[count:]).items():
@@ -236,8 +239,12 @@ class CompiledGraph:
                     note = Note(None, known["seen"].shape[1], state=known["state"], seen=known["seen"], entry=entry)
                     results[index] = state_entry(note)
                     call.produce(results[index], note)
-            elif index in layers:
-                call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers[index]))
+            elif index in layers or index in chosen:
+                of_pictures = None
+                if index in chosen:
+                    choice, picture = chosen[index]
+                    of_pictures = Chosen(choice, known["stay"], known.get("made")).of(picture)
+                call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers.get(index, ()), of_pictures))
             else:
                 self._note(call, results[index], known)
         return results[:count] if produced else results
@@ -281,7 +288,7 @@ def dict_of(produced: Sequence[Any], values: Sequence[Any]) -> dict[int, dict[st
     facts: dict[int, dict[str, Any]] = {}
     for what, value in zip(produced, values, strict=True):
         # One object for all entries it holds for: entries that share positions are told by it.
-        known = value.detach() if isinstance(value, torch.Tensor) else value
+        known = value.detach() if isinstance(value, torch.Tensor) and what.kind != "made" else value
         for index in what.outputs:
             facts.setdefault(index, {})[what.kind] = known
     return facts

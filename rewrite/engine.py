@@ -26,6 +26,7 @@ from rewrite.recognise.operators import module_path
 from rewrite.recognise.regions import NearMiss, find_regions, interior
 from rewrite.recognise.sites import Recognition, recognise
 from rewrite.recognise.writes import writes
+from rewrite.tokens.chosen import Choice
 from rewrite.tokens.layout import PatchEmbedding, patch_grid
 from rewrite.tokens.visual import visual_merges
 
@@ -76,7 +77,11 @@ class Known:
 
 @dataclass
 class RewrittenGraph:
-    """A rewritten graph and how it is called. layers: by output, the sites of its stack that lie behind it."""
+    """A rewritten graph and how it is called.
+
+    layers: by output, the sites of its stack that lie behind it. chosen: by output, the choice among the pictures whose patches it holds,
+    and which of these it is, None for all.
+    """
 
     module: fx.GraphModule
     extras: list[Extra]
@@ -84,6 +89,7 @@ class RewrittenGraph:
     record: Record
     changed: bool
     layers: Mapping[int, tuple[str, ...]]
+    chosen: Mapping[int, tuple[Choice, int | None]]
 
 
 @dataclass
@@ -136,7 +142,7 @@ class Rewriter:
         operators = operator_costs(graph, {}, attention)
         patches = patch_grid(graph)
         work = self.lowering(self.allowed, module, placeholders, notes, recognition, program, extras)
-        changed = work.run() if program.touched or noted else False
+        changed = work.run() if program.touched or program.choices or noted else False
         produced = work.produced + hand_over(graph, left)
         if changed or extras or produced:
             graph.eliminate_dead_code(is_impure_node=writes)
@@ -160,7 +166,7 @@ class Rewriter:
             cut=cut,
             keys_kept=work.states.declined,
         )
-        return RewrittenGraph(module, work.extras, produced, record, changed, {one.output: one.layers for one in left})
+        return RewrittenGraph(module, work.extras, produced, record, changed, {one.output: one.layers for one in left}, work.chosen)
 
     def _enclosed(self, module: fx.GraphModule, qualify: Callable[[str], str]) -> list[NearMiss]:
         """Attention in a body that an operator of the graph runs by itself, as gradient checkpointing does; it is left alone."""

@@ -36,7 +36,8 @@ def install(session: Session) -> None:
         module = modules[path]
         Entry(session, module, path).install()
         Method(session, module, path, "forward").install()
-        below = [_below(names, path) for names in (changed, [name for name in changed if name in session.gridded], session.embeddings)]
+        gridded = [name for name in changed if name in session.gridded]
+        below = [_below(names, path) for names in (changed, gridded, session.embeddings, sorted(session.scoring))]
         for name, whole in ways_in(module, *below).items():
             (Method if whole else Driver)(session, module, path, name).install()
     for path in _holders(changed) - set(entries):

@@ -46,17 +46,21 @@ def _names(code: types.CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def ways_in(module: nn.Module, sites: Sequence[str], gridded: Sequence[str], embeddings: Sequence[str]) -> Mapping[str, bool]:
+def ways_in(
+    module: nn.Module, sites: Sequence[str], gridded: Sequence[str], embeddings: Sequence[str], scoring: Sequence[str] = ()
+) -> Mapping[str, bool]:
     """Methods of a module that reach sites: name -> whether the method has to be captured as a whole.
 
     sites: names of the rewritten sites below the module, gridded: those of them whose tokens lie on a grid, embeddings: the modules that
-    lay tokens out on one.
+    lay tokens out on one. scoring: the sites of vision towers by which patches are chosen; what makes features of these, with or without a
+    projection behind the tower, is one piece too.
     """
-    holding, placed, laying = ({name.split(".")[0] for name in names} for names in (sites, gridded, embeddings))
+    holding, placed, laying, towers = ({name.split(".")[0] for name in names} for names in (sites, gridded, embeddings, scoring))
     children = list(module._modules)
     ways: dict[str, bool] = {}
     for name in public_methods(type(module)):
         reached = children_reached(type(module), name, children)
-        if reached & holding:
-            ways[name] = bool(reached & laying) and bool(reached & placed - laying)
+        if reached & (holding | towers):
+            features = bool(reached & towers) and not reached & (holding - towers)
+            ways[name] = features or (bool(reached & laying) and bool(reached & placed - laying))
     return ways

@@ -47,6 +47,7 @@ class Session:
     depths: dict[str, int] = field(default_factory=dict)
     gate: Gate | None = None
     gridded: set[str] = field(default_factory=set)
+    scoring: set[str] = field(default_factory=set)
     embeddings: list[str] = field(default_factory=list)
     declined: list[tuple[str, str, str]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
@@ -102,7 +103,7 @@ class Session:
         self.warm_up(self.root, "", arguments, keywords)
         with untouched(self.root):
             self.report = Report(tuple(str(one) for one in self.passes))
-            self.gridded, self.declined = set(), []
+            self.gridded, self.scoring, self.declined = set(), set(), []
             self._recording = True
             try:
                 self._capture(arguments, keywords)
@@ -158,7 +159,7 @@ class Session:
     def _run_recorded(self, arguments: tuple[Any, ...], keywords: dict[str, Any], notes: Sequence[str] = ()) -> None:
         """Run the model rewritten and recorded; once more where a stack of layers turned out to be deeper than its first graph."""
         while True:
-            self.gridded, self.embeddings, self.declined = set(), [], []
+            self.gridded, self.scoring, self.embeddings, self.declined = set(), set(), [], []
             self.report = Report(self.report.passes, notes=list(notes))
             depths = dict(self.depths)
             # What is compiled here is not kept: the ways in, installed afterwards, are part of what Dynamo guards.
@@ -175,6 +176,7 @@ class Session:
             self.report.add(record)
             self.declined += record.program.declined
             self.embeddings += record.embeddings
+            self.scoring |= record.program.towers()
             self.gridded |= {entry.site.name for entry in record.recognition.found if entry.site.layout.grid is not None}
         else:
             self._check_kept(record)

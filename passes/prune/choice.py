@@ -24,7 +24,7 @@ def applied(program: Program, fits: Fits, stack: int, selections: tuple[Select, 
     otherwise, touched = selections if isinstance(selections, str) else "", tuple[Site, ...]()
     if not isinstance(selections, str):
         first = min(map(first_layer, selections))
-        read = {name for one in selections for name in _sites_read(one)}
+        read = {name for one in selections for name in ((one.site,) if isinstance(one, Merge) else one.reads)}
         touched = tuple(site for site in sites if site.layer >= first or site.name in read)
         blocking = next((site for site in touched if against[site.name] is not None), None)
         if blocking is not None:
@@ -36,12 +36,6 @@ def applied(program: Program, fits: Fits, stack: int, selections: tuple[Select, 
         if site not in touched:
             program = program.with_declined(site, by, against[site.name] or otherwise)
     return program.with_selections(selections, touched) if touched and not isinstance(selections, str) else program
-
-
-def _sites_read(one: Select | Merge) -> tuple[str, ...]:
-    if isinstance(one, Merge):
-        return (one.site,)
-    return one.rule.sites if isinstance(one.rule, Received) else ()
 
 
 def stacks(program: Program) -> list[int]:
@@ -79,6 +73,11 @@ def is_amount(keep: float) -> bool:
     return 0.0 < keep <= 1.0 if isinstance(keep, float) else keep >= 2
 
 
+def is_everything(keep: float) -> bool:
+    """True for the share 1.0; the number 1 is one token."""
+    return isinstance(keep, float) and keep == 1.0
+
+
 def reason_against_entry(program: Program, stack: int, entry: Site | None) -> str | None:
     """Why no visual token can be kept from entering a stack, or None; `entry`: the site of its first layer."""
     sites = [site for site in program.sites if site.stack == stack]
@@ -87,47 +86,3 @@ def reason_against_entry(program: Program, stack: int, entry: Site | None) -> st
     if all(site.cached for site in sites) and (entry is None or not entry.layout.visual or entry.dims["Nq"] == 1):
         return CHOSEN_BEFORE
     return None if entry is not None else "the first layer of its stack is in another graph of the call"
-
-
-def applied_by_pictures(program: Program, fits: Fits, count: Count, by: str, first: int | None, joined: bool = False) -> Program:
-    """Visual tokens kept from entering a language model by the attention of the CLS token of the vision tower that they come from.
-
-    first: the first of the tower's layers that is read, up to the last one that they went through; None reads that one alone.
-    joined: all heads as one, see `Received`.
-    """
-    for stack in stacks(program):
-        selections = _by_pictures(program, stack, count, by, first, joined)
-        read = () if isinstance(selections, str) else tuple(_read(selections, program))
-        unfit = next((f"{site.name} is read, and {reason}" for site in read if (reason := READ.reason_against(site))), None)
-        program = applied(program, fits, stack, unfit or selections, by)
-    return program
-
-
-# What is asked of the sites of a vision tower that are read.
-READ = Fits(kinds=frozenset({"self"}), causal=False, grid=True)
-
-
-def _read(selections: tuple[Select, ...], program: Program) -> list[Site]:
-    names = {name for one in selections if isinstance(one.rule, Received) for name in one.rule.sites}
-    return [site for site in program.sites if site.name in names]
-
-
-def _by_pictures(program: Program, stack: int, count: Count, by: str, first: int | None, joined: bool) -> tuple[Select, ...] | str:
-    entry = at_layer(program, stack, 0)
-    if isinstance(count.keep, float) and count.keep == 1.0:
-        return keeps_all(by)
-    if reason := reason_against_entry(program, stack, entry):
-        return reason
-    assert entry is not None
-    last = next((site for site in program.sites if site.name == entry.pictured), None)
-    if last is None:
-        return "its visual tokens are not the patches of a vision tower in this graph, one by one and in order"
-    if not last.layout.prefix:
-        return f"the vision tower of {last.name} has no CLS token in front of its patches"
-    chosen = [
-        site for site in program.sites if site.stack == last.stack and (last.layer if first is None else first) <= site.layer <= last.layer
-    ]
-    if not chosen:
-        return f"its visual tokens went through the layers 0 to {last.layer} of the vision tower, none of which is layer {first} or later"
-    rule = Received(tuple(site.name for site in chosen), (0, 1), joined)
-    return (Select(stack, 0, "before", "visual", count, rule, by),)

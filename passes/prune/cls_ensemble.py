@@ -15,8 +15,8 @@ from typing import Self
 
 import torch
 
-from passes.prune import choice
-from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, parameter, register_pass
+from passes.prune import choice, pictures
+from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, Select, Site, parameter, register_pass
 
 
 @register_pass
@@ -45,7 +45,12 @@ class ClsEnsemble(Pass):
         return cls(keep=1.0)
 
     def apply(self, program: Program) -> Program:
-        return choice.applied_by_pictures(program, self.fits, Count(self.keep), str(self), self.first)
+        return pictures.applied_by_pictures(program, self.fits, str(self), None if choice.is_everything(self.keep) else self._choose)
+
+    def _choose(self, program: Program, last: Site, stack: int) -> Select | str:
+        """What stays of the patches of one tower."""
+        rule = pictures.received_from_cls(program, last, self.first)
+        return rule if isinstance(rule, str) else Select(stack, 0, "before", "visual", Count(self.keep), rule, str(self))
 
     def reference(self, attention: AttentionInputs) -> torch.Tensor:
         """Plain attention: in the vision tower no token leaves."""

@@ -49,7 +49,7 @@ class Diverse(Pass):
     def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
         """What leaves one stack in front of its first layer, or why nothing does."""
         entry = choice.at_layer(program, stack, 0)
-        if self.keep == 1.0 and isinstance(self.keep, float):
+        if choice.is_everything(self.keep):
             return choice.keeps_all(str(self))
         if reason := choice.reason_against_entry(program, stack, entry):
             return reason

@@ -64,7 +64,22 @@ from rewrite.ir.operations import (
 from rewrite.ir.passes import CHANGES_NOTHING, PHASES, AttentionInputs, Family, Fits, Pass, parameter
 from rewrite.ir.program import Program
 from rewrite.ir.registry import as_passes, available_passes, parse_pass, pass_class, register_pass
-from rewrite.ir.selection import LOG_SIZE, Count, Exit, Irrelevant, Merge, Received, Routed, Select, Spread, first_layer
+from rewrite.ir.selection import (
+    LOG_SIZE,
+    Contextual,
+    Count,
+    Crops,
+    Exit,
+    Handed,
+    Irrelevant,
+    Merge,
+    Pooled,
+    Received,
+    Routed,
+    Select,
+    Spread,
+    first_layer,
+)
 from rewrite.ir.site import Site, TokenLayout
 
 __all__ = [
@@ -80,7 +95,9 @@ __all__ = [
     "B",
     "BlockChoice",
     "Body",
+    "Contextual",
     "Count",
+    "Crops",
     "DepthwiseConv",
     "DynamicConv",
     "EffectiveKeys",
@@ -99,6 +116,7 @@ __all__ = [
     "Grouping",
     "Groups",
     "H",
+    "Handed",
     "HeadMix",
     "I",
     "Indices",
@@ -118,6 +136,7 @@ __all__ = [
     "PassError",
     "PlainOperation",
     "Pool",
+    "Pooled",
     "Program",
     "Received",
     "ReceivedSinks",

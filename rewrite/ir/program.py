@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.expression import B, J, read
 from rewrite.ir.operations import Attend
-from rewrite.ir.selection import LOG_SIZE, Exit, Merge, Select, TokenOperation, first_layer
+from rewrite.ir.selection import LOG_SIZE, Exit, Merge, Pooled, Select, TokenOperation, first_layer
 from rewrite.ir.site import Site
 
 
@@ -16,12 +16,15 @@ class Program:
     """Sites in program order and token operations: visual tokens that leave (exits), tokens that are chosen among or
     merged (selections).
 
+    choices: selections among the patches of pictures that leave their vision tower in this graph, and are a text's visual tokens later on.
+
     touched: (site name, pass text) for every site that a pass rewrote. declined: (site name, pass text, reason).
     """
 
     sites: tuple[Site, ...]
     exits: tuple[Exit, ...] = ()
     selections: tuple[Select | Merge, ...] = ()
+    choices: tuple[Select, ...] = ()
     touched: tuple[tuple[str, str], ...] = field(default=())
     declined: tuple[tuple[str, str, str], ...] = field(default=())
 
@@ -51,6 +54,21 @@ class Program:
         thinned = tuple(replace(site, layout=replace(site.layout, grid=None)) if site.name in names else site for site in self.sites)
         touched = tuple((site.name, selections[0].by) for site in sites)
         return replace(self, sites=thinned, selections=self.selections + selections, touched=self.touched + touched)
+
+    def towers(self) -> frozenset[str]:
+        """The last sites, in vision towers, of the patches that selections choose among as visual tokens of a text."""
+        own = {(site.stack, site.name) for site in self.sites}
+        selects = [one for one in self.selections if isinstance(one, Select)]
+        chosen = {one.stack for one in selects if isinstance(one.rule, Pooled) or any((one.stack, name) not in own for name in one.reads)}
+        return frozenset(site.pictured for site in self.sites if site.pictured is not None and site.stack in chosen)
+
+    def with_choice(self, choice: Select) -> Program:
+        """This program with one more choice for a later graph. Raises `NotApplicableError` where pictures were chosen from before."""
+        if self.choices:
+            raise NotApplicableError(
+                f"{self.choices[0].by} and {choice.by} both choose among the patches of whole pictures; use one of them"
+            )
+        return replace(self, choices=(choice,))
 
     def token_operations(self, stack: int | None = None) -> tuple[TokenOperation, ...]:
         """What becomes of the tokens of a stack (of all stacks), in the order in which they meet it."""

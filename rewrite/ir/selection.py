@@ -70,6 +70,22 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Handed:
+    """Those visual tokens are kept that were chosen where their vision tower ran, in an earlier graph."""
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Of each cell x cell patches of a picture one token is kept, in the place of the first: their mean (M3, Cai et al. 2024).
+
+    site: the last one in a vision tower that the patches went through. They are averaged as they enter the text.
+    """
+
+    site: str
+    cell: int
+
+
+@dataclass(frozen=True)
 class Count:
     """How many candidates are kept of those there are, one at least: a share (a float) of them, rounded, or a number (an int).
 
@@ -91,12 +107,56 @@ class Count:
 
 
 @dataclass(frozen=True)
+class Contextual:
+    """What becomes of a picture's patches that would leave: `count` of them, evenly spaced, stay for all (VisionZip, Yang et al. 2025).
+
+    Each of the others goes into the one of these that it is most like, by the cosine of the keys of `site`, averaged over heads; that
+    becomes the mean of them all, or, `summed`, itself plus the mean of what goes into it. Features are gathered so as they leave the layer
+    of `site`, in front of the model's own projection.
+    """
+
+    site: str
+    count: Count
+    summed: bool
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Pictures that are one image, a thumbnail and rows x columns of crops behind it, and share what is kept (HiRED, Arif et al. 2025).
+
+    Of the number that a `Count` of all their patches gives, the thumbnail keeps the share `thumbnail`, at most all of its own. Each crop
+    gets of the rest what it has of the share 1 - `thumbnail` of the thumbnail's patches that have the greatest `early` score, where the
+    crop lies in the thumbnail or, with bands, in as many consecutive patches.
+    """
+
+    early: Received
+    rows: int
+    columns: int
+    thumbnail: float
+    bands: bool
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures an image is."""
+        return 1 + self.rows * self.columns
+
+    def numbers(self, count: Count, patches: int) -> tuple[int, int, int]:
+        """(kept of the thumbnail, kept of all crops, patches of the thumbnail that say where), of `patches` in each picture."""
+        every = self.pictures * patches
+        budget = count.number(every, every)
+        thumbnail = min(int(budget * self.thumbnail), patches)
+        return thumbnail, min(budget - thumbnail, every - patches), int(patches * (1 - self.thumbnail))
+
+
+@dataclass(frozen=True)
 class Select:
     """Some tokens leave a stack, the others go on.
 
     stack, layer: where; place: in front of the layer, or "between" its attention and its MLP, behind the attention's residual.
     candidates: what may leave, the "patches" of a grid (tokens in front of it stay, CLS and registers) or the "visual" tokens of a text.
     fuse: those that leave become one more token at the end, the sum of each times its score (not divided by the sum of the scores).
+    contextual: those that leave are gathered into some of them, which stay too. crops: several pictures are one image. Both for visual
+    tokens that a vision tower scores.
     """
 
     stack: int
@@ -104,9 +164,17 @@ class Select:
     place: Place
     candidates: Literal["patches", "visual"]
     count: Count
-    rule: Received | Spread
+    rule: Received | Spread | Handed | Pooled
     by: str
     fuse: bool = False
+    contextual: Contextual | None = None
+    crops: Crops | None = None
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The sites whose attention is read."""
+        late = self.rule.sites if isinstance(self.rule, Received) else ()
+        return (*late, *(self.crops.early.sites if self.crops is not None else ()))
 
 
 @dataclass(frozen=True)

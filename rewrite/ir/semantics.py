@@ -44,7 +44,7 @@ from rewrite.ir.operations import (
     VisualGroups,
 )
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Exit, Merge, Spread, TokenOperation, first_layer
+from rewrite.ir.selection import Exit, Merge, Received, Spread, TokenOperation, first_layer
 from rewrite.ir.site import Site
 from rewrite.ir.site_operations import (
     depthwise_conv,
@@ -267,7 +267,7 @@ def _leaving(
         places = present.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(present[0].sum())]
         features = operands["hidden"].gather(1, places[..., None].expand(-1, -1, operands["hidden"].shape[-1]))
         best = places.gather(1, spread_out(features, number))
-    elif one.rule.sites == (site.name,):
+    elif isinstance(one.rule, Received) and one.rule.sites == (site.name,):
         received = read_statistic(Statistic("received", site.attend, rows=one.rule.rows), dict(operands)).mean(1)
         best = received.masked_fill(~present, -torch.inf).topk(number, dim=1).indices
     else:

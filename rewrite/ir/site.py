@@ -75,6 +75,8 @@ class Site:
     hides_later: a mask tensor was found to hide every later key (a causal mask that the model builds itself).
     pictured: where the sequence holds visual tokens that are the patches of a vision tower, in order, picture by picture: the name of the
         last attention that they went through there. None otherwise.
+    chosen: where a pass chose among these patches when the tower ran, in an earlier graph: that pass, as text.
+    leaves: the patches that leave this layer of a vision tower are one of the graph's results, one by one and in order.
     """
 
     name: str
@@ -91,6 +93,8 @@ class Site:
     map_read: bool = False
     hides_later: bool = False
     pictured: str | None = None
+    chosen: str | None = None
+    leaves: bool = False
 
     @property
     def attend(self) -> Attend:

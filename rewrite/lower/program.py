@@ -15,7 +15,7 @@ import codegen
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Program
-from rewrite.ir.selection import LOG_SIZE, first_layer
+from rewrite.ir.selection import LOG_SIZE, Select, first_layer
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site
@@ -24,6 +24,7 @@ from rewrite.lower.selections import Selections
 from rewrite.notes import Note
 from rewrite.recognise.operators import canonical
 from rewrite.recognise.sites import Found, Recognition
+from rewrite.tokens.chosen import Choice
 from rewrite.tokens.placement import Selection
 from rewrite.tokens.surgery import push_selections
 from rewrite.tokens.visual import visual_mask_node
@@ -35,7 +36,8 @@ class Extra:
 
     kind "parameter": the added parameter `name`. "positions", "length", "groups", "sinks", "state", "seen": from the note of the cache
     entry that is input `index`.
-    "visual", "features": what an earlier graph of the call carried with the activation that is input `index`.
+    "visual", "features": what an earlier graph of the call carried with the activation that is input `index`. "stay", "made": what was
+    chosen of the pictures in it, see `Chosen`.
     """
 
     kind: str
@@ -48,8 +50,8 @@ class Produced:
     """A value that a rewritten graph returns beside the traced outputs.
 
     "positions", "length", "groups" or "sinks" of the cache entries `outputs`; "state", "seen" and "held" of what stands for them
-    (`codegen.recurrence`); "visual" and "features" of the activations `outputs`. "kept", "length" and
-    "holders" of the tokens that `sites` see; "routed", what a router in front of one is given.
+    (`codegen.recurrence`); "visual" and "features" of the activations `outputs`, "stay" and "made" of the pictures in them. "kept",
+    "length" and "holders" of the tokens that `sites` see; "routed", what a router in front of one is given.
     """
 
     kind: str
@@ -90,6 +92,7 @@ class ProgramLowering:
         self.bodies: set[fx.Node] = set()
         self.states = StateCaches(self)
         self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter)
+        self.chosen: dict[int, tuple[Choice, int | None]] = {}
         self.added_outputs: list[fx.Node | int] = []
         self._masks: dict[fx.Node, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
@@ -101,6 +104,9 @@ class ProgramLowering:
         self.bodies = set(self.graph.nodes) - own
         self._emit()
         self.states.run(self._changed())
+        for one in self.program.choices:
+            self._choose(one)
+            changed = True
         if self.program.token_operations() or any(note.positions is not None for note in self.notes.values()):
             self._drop_tokens()
             changed = True
@@ -299,6 +305,14 @@ class ProgramLowering:
         for name, features in self.selections.routed.items():
             self.produced.append(Produced("routed", (), (name,)))
             self.added_outputs.append(features)
+
+    def _choose(self, one: Select) -> None:
+        """Return which patches of pictures stay in a later graph."""
+        read, stay, made = self.selections.choose(one)
+        choice = Choice(one.by, read.site.name, stay.share)
+        self.chosen.update({index: (choice, picture) for index, picture in read.results})
+        outputs = tuple(index for index, _ in read.results)
+        self.returns({"stay": stay.mask} if made is None else {"stay": stay.mask, "made": made}, outputs)
 
     def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
         kept = self.selections.kept

@@ -15,13 +15,16 @@ from torch import fx
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Parameter, Statistic
 from rewrite.ir.program import Program
-from rewrite.ir.selection import ROUTER, Exit, Irrelevant, Merge, Received, Select, Spread, TokenOperation, first_layer
+from rewrite.ir.selection import ROUTER, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, Spread, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number
 from rewrite.lower.lowering import lower_operand, lower_statistic
 from rewrite.lower.merging import Merged, Sizes, merge_tokens
-from rewrite.recognise.operators import canonical, hinted_shape, value_of
+from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
+from rewrite.lower.residual import behind_attention
+from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.tokens import choose, rules
+from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.gather import gather_tokens, kept_positions
 from rewrite.tokens.placement import Selection
 
@@ -68,7 +71,11 @@ class Selections:
         self.routed: dict[str, fx.Node] = {}
         self.sizes = Sizes(graph)
         self._cut: dict[fx.Node, fx.Node] = {}
-        self._places = {one: self._place(one) for stack in self._stacks() for one in self._operations(stack)}
+        asked = [one for stack in self._stacks() for one in self._operations(stack)]
+        self._places = {one: self._place(one) for one in asked}
+        asked += program.choices
+        towers = ((one, recognition.by_name(one.contextual.site)) for one in asked if isinstance(one, Select) and one.contextual)
+        self._tower_outputs = {one: tower_output(read, one.by) for one, read in towers}
 
     def run(self) -> None:
         """Cut every stack where tokens leave it."""
@@ -119,7 +126,7 @@ class Selections:
             raise NotApplicableError(f"{one.by}: layer {one.layer} is in another graph of the call, so no token can leave there")
         stream = entry.stream
         if stream is not None and (isinstance(one, Merge) or (isinstance(one, Select) and one.place == "between")):
-            stream = _behind_residual(entry, stream)
+            stream = behind_attention(entry, stream)
         if stream is None:
             raise NotApplicableError(f"{entry.site.name}: the residual stream was not found there, so no token can leave ({one.by})")
         return entry, stream
@@ -225,19 +232,21 @@ class Selections:
             number, hint = self._staying(one, entry, mask, current, score, left, at), present
             leaves = at.call(choose.visual_leaving_all, (mask, number))
         else:
-            pictures = self._pictures(one)
-            # By picture, the count is of each picture's patches.
-            patches = 1 if pictures is None else pictures.site.dims["Nk"] - pictures.site.layout.prefix
-            of_each = (patches, patches) if pictures is not None else (left.visual, left.every)
-            number = at.call(choose.number_kept, (*of_each, one.count.keep, one.count.rounding, one.count.of == "all"))
-            hint = one.count.number(patches, patches) * present // patches if pictures is not None else one.count.number(present, every)
-            if pictures is not None:
-                number = at.combine(operator.floordiv, at.combine(operator.mul, number, left.visual), patches)
-                leaves = at.call(choose.visual_leaving_by_picture, (mask, score, pictures.site.layout.prefix, number))
-            elif score is None:
-                leaves = at.call(choose.visual_leaving_spread, (mask, current, left.visual, number))
+            stay = self._stay(one, entry, score, at)
+            if stay is not None:
+                if left.positions is not None:
+                    raise NotApplicableError(f"{one.by} scores the patches of whole pictures, and some had left before: use it alone")
+                share = stay.share
+                number = at.combine(operator.floordiv, at.combine(operator.mul, share.numerator, left.visual), share.denominator)
+                hint = share.numerator * present // share.denominator
+                leaves = at.call(choose.visual_leaving_by_picture, (mask, stay.mask))
             else:
-                leaves = at.call(choose.visual_leaving, (mask, score, number))
+                number = at.call(choose.number_kept, (left.visual, left.every, one.count.keep, one.count.rounding, one.count.of == "all"))
+                hint = one.count.number(present, every)
+                if score is None:
+                    leaves = at.call(choose.visual_leaving_spread, (mask, current, left.visual, number))
+                else:
+                    leaves = at.call(choose.visual_leaving, (mask, score, number))
         kept = at.combine(operator.add, at.combine(operator.sub, left.kept, left.visual), number)
         chosen = at.call(kept_positions, (leaves, kept))
         positions = chosen if left.positions is None else at.call(choose.composed_positions, (left.positions, chosen, left.length, False))
@@ -254,24 +263,69 @@ class Selections:
         self.routed[entry.site.name] = features
         return at.call(choose.visual_staying_routed, (features, *added, left.visual))
 
+    def _stay(self, one: Select, entry: Found, score: fx.Node | None, at: Cursor) -> Stay | None:
+        """Which patches of pictures stay, and the text made of them; None where the language model scores its own tokens."""
+        if isinstance(one.rule, Handed):
+            given = [node.meta[GIVEN] for node in entry.given]
+            for node, one_of_them in zip(entry.given, given, strict=True):
+                if one_of_them.made is not None:
+                    node.replace_all_uses_with(one_of_them.made, delete_user_cb=lambda user: user.op != "output")
+            return handed_on(given, at)
+        pictures = self._pictures(one)
+        if pictures is None or pictures.patches is None:
+            return None
+        stay = self._chosen(one, pictures, score, at)
+        replace_features(stay, pictures.patches)
+        return stay
+
+    def _chosen(self, one: Select, read: Found, score: fx.Node | None, at: Cursor) -> Stay:
+        if isinstance(one.rule, Pooled):
+            return pooled(one.rule, read, at)
+        assert score is not None
+        early = self._received_by_patches(one, one.crops.early, read) if one.crops is not None else None
+        if early is not None:
+            at.last = max(at.last, early)
+        return patches_that_stay(one, read, score, early, self._tower_outputs.get(one), at)
+
+    def choose(self, one: Select) -> tuple[Found, Stay, fx.Node | None]:
+        """Which patches stay in a later graph: the tower's site whose results they are, and what these are to be there, if another."""
+        assert isinstance(one.rule, Received | Pooled)
+        read = self.recognition.by_name(one.rule.site if isinstance(one.rule, Pooled) else one.rule.sites[-1])
+        assert read.patches is not None
+        score = self._received_by_patches(one, one.rule, read) if isinstance(one.rule, Received) else None
+        at = Cursor(self.graph, read.patches if score is None else max(score, read.patches))
+        stay = self._chosen(one, read, score, at)
+        return read, stay, made_beside(stay, read.patches, at)
+
     def _pictures(self, one: Exit | Select) -> Found | None:
         """The site of a vision tower that scores visual tokens as the patches they were; None where the language model's own do."""
         rule = _rule_of(one)
-        read = self.recognition.by_name(rule.sites[0]) if isinstance(rule, Received) else None
+        if isinstance(rule, Pooled):
+            return self.recognition.by_name(rule.site)
+        read = self.recognition.by_name(rule.sites[-1]) if isinstance(rule, Received) else None
         return read if read is not None and read.site.stack != one.stack else None
 
     # Scores
 
     def _score(self, one: Exit | Select, rule: Received, current: fx.Node, stream: fx.Node, left: Left) -> fx.Node:
         """[B, tokens of `current`], or [pictures, tokens of a vision tower] where that scores."""
-        received = [self._received(one, name, rule, current, stream) for name in rule.sites]
         pictures = self._pictures(one)
-        tokens = left.kept if pictures is None else pictures.site.dims["Nk"]
-        after = [*received, *([tokens] if isinstance(tokens, fx.Node) else [])]
+        if pictures is not None:
+            return self._received_by_patches(one, rule, pictures)
+        received = [self._received(one, name, rule, current, stream) for name in rule.sites]
+        after = [*received, *([left.kept] if isinstance(left.kept, fx.Node) else [])]
         with self.graph.inserting_after(self._behind_inputs(max(after))):
-            return self.graph.call_function(choose.attention_received, (received, tokens))
+            return self.graph.call_function(choose.attention_received, (received, left.kept))
 
-    def _received(self, one: Exit | Select, name: str, rule: Received, current: fx.Node, stream: fx.Node) -> fx.Node:
+    def _received_by_patches(self, one: Exit | Select, rule: Received, tower: Found) -> fx.Node:
+        """[pictures, tokens of the tower]."""
+        received = [self._received(one, name, rule) for name in rule.sites]
+        with self.graph.inserting_after(max(received)):
+            return self.graph.call_function(choose.attention_received, (received, tower.site.dims["Nk"]))
+
+    def _received(
+        self, one: Exit | Select, name: str, rule: Received, current: fx.Node | None = None, stream: fx.Node | None = None
+    ) -> fx.Node:
         """[B, H, Nk]: what the keys of one site receive from the queries that the rule reads."""
         entry = self.recognition.by_name(name)
         site = next(site for site in self.program.sites if site.name == name)
@@ -287,7 +341,7 @@ class Selections:
             return at.call(choose.received_as_one_head, (query, key, *rule.rows))
         statistic = Statistic("received", attends[0], "queries", rows=rule.rows)
         ahead = isinstance(one, Select) and one.place == "before" and site.stack == one.stack and site.layer == one.layer
-        copied = self._ahead(entry, stream, current, one) if ahead else {}
+        copied = self._ahead(entry, stream, current, one) if ahead and stream is not None and current is not None else {}
         return lower_statistic(self.graph, statistic, entry.region, copied)
 
     def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Exit | Select) -> dict[fx.Node, fx.Node]:
@@ -312,7 +366,7 @@ class Selections:
         return [other for other in self.graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node
 
 
-def _rule_of(one: Exit | Select) -> Received | Spread | None:
+def _rule_of(one: Exit | Select) -> Received | Spread | Handed | Pooled | None:
     """What decides which tokens leave; None where nothing does."""
     if isinstance(one, Select):
         return one.rule
@@ -325,16 +379,3 @@ def _of_patches(one: TokenOperation) -> bool:
 
 def _numbers(left: Left) -> list[fx.Node]:
     return [number for number in (left.positions, left.length, left.kept, left.visual, left.every) if isinstance(number, fx.Node)]
-
-
-def _behind_residual(entry: Found, stream: fx.Node) -> fx.Node | None:
-    """The sum of the stream in front of a layer and what its attention made of it."""
-    made, shape = {entry.region.output}, hinted_shape(stream)
-    node = entry.region.output.next
-    while node.op != "output":
-        if made.intersection(node.all_input_nodes):
-            made.add(node)
-            if canonical(node) == "add" and stream in node.all_input_nodes and hinted_shape(node) == shape:
-                return node
-        node = node.next
-    return None

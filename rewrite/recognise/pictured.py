@@ -10,6 +10,7 @@ from torch import fx
 from rewrite.recognise.operators import canonical, hinted_shape
 from rewrite.recognise.region import Region
 from rewrite.tokens import rules
+from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.layout import TokenLayouts
 from rewrite.tokens.placement import is_tensor, shape_of
 
@@ -33,6 +34,31 @@ def tower_of(source: fx.Node | None, regions: Iterable[tuple[str, Region]], layo
     return (passed[-1], patches) if passed else None
 
 
+def given_pictures(source: fx.Node | None) -> tuple[fx.Node, ...]:
+    """The inputs whose patches the visual tokens `source` [images * P, C] are, where a pass chose among them earlier; else none."""
+    node = source
+    while node is not None and GIVEN not in node.meta:
+        if rules.name_of(node) == "cat":
+            parts: Any = rules.argument(node, 0, "tensors")
+            first = rules.argument(node, 1, "dim", "axis", default=0) in (0, -2, -3) and len(shape_of(node)) == len(shape_of(parts[0]))
+            alike = {part.meta[GIVEN].choice if GIVEN in part.meta else None for part in parts}
+            return tuple(parts) if first and len(alike) == 1 and None not in alike else ()
+        node = _before(node)
+    return () if node is None else (node,)
+
+
+def pictures_of(result: Any) -> tuple[fx.Node | None, int | None]:
+    """(the node [images, P, C] that a graph's result is, or is one picture of; which picture, None for all); None where it is neither."""
+    if not isinstance(result, fx.Node) or not is_tensor(result):
+        return None, None
+    if len(shape_of(result)) == 3:
+        return result, None
+    if rules.name_of(result) != "getitem" or not isinstance(result.args[1], int):
+        return None, None
+    whole = _stacked(result.args[0])
+    return whole, None if whole is None else result.args[1]
+
+
 def _pictures(source: fx.Node) -> fx.Node | None:
     """The node [images, P, C] whose tokens `source` holds in order, one picture after the other."""
     node = source
@@ -43,13 +69,27 @@ def _pictures(source: fx.Node) -> fx.Node | None:
         name = rules.name_of(node)
         if name == "cat":
             return _all_pictures(node)
-        given = node.args[0] if node.args else None
-        if not isinstance(given, fx.Node) or not is_tensor(given):
-            return None
-        merged = name in {"view", "reshape", "flatten"} and shape_of(given)[-1] == shape[-1]
-        if not merged and canonical(node) not in ("cast", "contiguous", "clone") and name not in rules.FOLLOWS_FIRST:
+        given = _before(node)
+        if given is None:
             return None
         node = given
+
+
+def _before(node: fx.Node) -> fx.Node | None:
+    """What a node is a view or a cast of, with the same channels; None where it is none."""
+    given = node.args[0] if node.args else None
+    if not isinstance(given, fx.Node) or not is_tensor(given):
+        return None
+    name = rules.name_of(node)
+    merged = name in {"view", "reshape", "flatten"} and shape_of(given)[-1] == shape_of(node)[-1]
+    return given if merged or canonical(node) in ("cast", "contiguous", "clone") or name in rules.FOLLOWS_FIRST else None
+
+
+def _stacked(whole: Any) -> fx.Node | None:
+    """The node [images, P, C] that pictures are taken of one by one, perhaps through `unbind`."""
+    if not is_tensor(whole):
+        whole = whole.args[0] if rules.name_of(whole) == "unbind" and rules.argument(whole, 1, "dim", default=0) == 0 else None
+    return whole if whole is not None and is_tensor(whole) and len(shape_of(whole)) == 3 else None
 
 
 def _all_pictures(node: fx.Node) -> fx.Node | None:
@@ -60,10 +100,8 @@ def _all_pictures(node: fx.Node) -> fx.Node | None:
     wholes = {part.args[0] for part in parts}
     if len(wholes) != 1 or [part.args[1] for part in parts] != list(range(len(parts))):
         return None
-    whole = wholes.pop()
-    if not is_tensor(whole):
-        whole = whole.args[0] if rules.name_of(whole) == "unbind" and rules.argument(whole, 1, "dim", default=0) == 0 else None
-    return whole if whole is not None and len(shape_of(whole)) == 3 and shape_of(whole)[0] == len(parts) else None
+    whole = _stacked(wholes.pop())
+    return whole if whole is not None and shape_of(whole)[0] == len(parts) else None
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:

@@ -17,20 +17,26 @@ from rewrite.recognise.functional import forwarded_writes
 from rewrite.recognise.masks import hides_later
 from rewrite.recognise.open_masks import drop_open_masks
 from rewrite.recognise.operators import hinted_shape, module_path
-from rewrite.recognise.pictured import tower_of
+from rewrite.recognise.pictured import given_pictures, pictures_of, tower_of
 from rewrite.recognise.region import Region
 from rewrite.recognise.regions import NearMiss, find_regions
 from rewrite.recognise.streams import cache_entries, reaches, residual_stream, self_source
 from rewrite.recognise.verify import structure, verify
 from rewrite.recognise.writes import overwritten, remaining_writes
 from rewrite.tokens import layout as tokens
+from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.layout import TokenLayouts
 from rewrite.tokens.visual import VisualMerge, visual_merges
 
 
 @dataclass
 class Found:
-    """What recognition knows of one site beside the IR: the graph's nodes."""
+    """What recognition knows of one site beside the IR: the graph's nodes.
+
+    patches: [pictures, P, C], where a site is the last that the visual tokens of a text went through in a vision tower: those tokens, or
+    what becomes of them in a later graph. results: where that is so, which of the graph's outputs have which picture; None for all.
+    given: of a text, the inputs that hold the patches, where a pass chose among these in an earlier graph.
+    """
 
     site: Site
     region: Region
@@ -38,6 +44,9 @@ class Found:
     projected: fx.Node | None = None
     merge: VisualMerge | None = None
     cache: tuple[fx.Node, ...] = ()
+    patches: fx.Node | None = None
+    results: tuple[tuple[int, int | None], ...] = ()
+    given: tuple[fx.Node, ...] = ()
 
 
 @dataclass
@@ -98,10 +107,43 @@ def recognise(
         recognition.found.append(_place(region, name, inputs, merges, stacks, layouts, has_visual_cache))
     depth = Counter(entry.site.stack for entry in recognition.found)
     towers = {merge.node: tower_of(merge.source, [(e.site.name, e.region) for e in recognition.found], layouts) for merge in merges}
+    for name, patches in filter(None, towers.values()):
+        recognition.by_name(name).patches = patches
     for entry in recognition.found:
         tower = towers[entry.merge.node] if entry.merge is not None else None
         entry.site = replace(entry.site, depth=depth[entry.site.stack], pictured=tower[0] if tower else None)
+        entry.given = given_pictures(entry.merge.source) if entry.merge is not None and tower is None else ()
+        if entry.given:
+            choice = entry.given[0].meta[GIVEN].choice
+            entry.site = replace(entry.site, pictured=choice.site, chosen=choice.by)
+    if not any(towers.values()):
+        _leaving_pictures(graph, recognition, layouts)
     return recognition
+
+
+def _leaving_pictures(graph: fx.Graph, recognition: Recognition, layouts: TokenLayouts) -> None:
+    """Note where the patches of pictures leave a graph: of each tower, those that went through most of its layers."""
+    results = next(node for node in graph.nodes if node.op == "output").args[0]
+    regions = [(entry.site.name, entry.region) for entry in recognition.found]
+    towers: dict[fx.Node, str | None] = {}
+    parts: dict[fx.Node, list[tuple[int, int | None]]] = {}
+    for index, result in enumerate(results if isinstance(results, tuple | list) else ()):
+        whole, picture = pictures_of(result)
+        if whole is not None:
+            parts.setdefault(whole, []).append((index, picture))
+            if whole not in towers:
+                towers[whole] = (tower_of(whole, regions, layouts) or (None,))[0]
+    deepest: dict[int, Found] = {}
+    for whole, name in towers.items():
+        if name is None:
+            continue
+        entry = recognition.by_name(name)
+        before = deepest.get(entry.site.stack)
+        if before is None or before.patches is None or (before.site.layer, before.patches) < (entry.site.layer, whole):
+            deepest[entry.site.stack] = entry
+            entry.patches, entry.results = whole, tuple(parts[whole])
+    for entry in deepest.values():
+        entry.site = replace(entry.site, leaves=True)
 
 
 class _Stacks:

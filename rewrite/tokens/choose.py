@@ -80,15 +80,23 @@ def visual_leaving(visual: Tensor, score: Tensor, kept: int) -> Tensor:
     return visual & ~torch.zeros_like(visual).scatter(1, best, True)
 
 
-def visual_leaving_by_picture(visual: Tensor, score: Tensor, prefix: int, kept: int) -> Tensor:
-    """bool [B, N]: the visual tokens that leave, where they are the patches of pictures, in order: all but `kept` of each row.
-
-    visual [B, N] bool, score [pictures, prefix + P] of a vision tower's tokens; of each picture equally many patches stay.
-    """
+def best_of_pictures(score: Tensor, prefix: int, kept: int) -> Tensor:
+    """bool [pictures, P]: the `kept` patches of each picture of the greatest score [pictures, prefix + P]."""
     patches = score[:, prefix:]
-    best = patches.topk(kept * len(visual) // len(patches), dim=1).indices
-    leaves = torch.ones_like(patches, dtype=torch.bool).scatter(1, best, False)
-    return torch.zeros_like(visual).masked_scatter(visual, leaves)
+    return torch.zeros_like(patches, dtype=torch.bool).scatter(1, patches.topk(kept, dim=1).indices, True)
+
+
+def all_handed(stay: Sequence[Tensor]) -> Tensor:
+    """bool [pictures * P]: the patches of all pictures that stay, from those of some of them each."""
+    return torch.cat([one.flatten() for one in stay])
+
+
+def visual_leaving_by_picture(visual: Tensor, stay: Tensor) -> Tensor:
+    """bool [B, N]: the visual tokens that leave, where they are the patches of pictures, in order; stay bool, of all patches.
+
+    visual [B, N] bool.
+    """
+    return torch.zeros_like(visual).masked_scatter(visual, ~stay)
 
 
 def visual_leaving_spread(visual: Tensor, stream: Tensor, present: int, kept: int) -> Tensor:

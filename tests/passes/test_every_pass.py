@@ -66,6 +66,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "diverse": ("diverse(keep=0.5)", "diverse(keep=3)"),
     "cls_prune": ("cls_prune(keep=0.5)", "cls_prune(keep=3)"),
     "outlier_tokens": ("outlier_tokens(keep=3)",),
+    "hired": ("hired(keep=0.5, early=1)", "hired(crops=(2, 3), alpha=0.3)", "hired(crops=(2, 2), bands=True)"),
+    "matryoshka": ("matryoshka(tokens=72)", "matryoshka(tokens=18)"),
+    "dominant_contextual": ("dominant_contextual(dominant=3, contextual=1)", "dominant_contextual(dominant=0.5, summed=True)"),
     "cls_ensemble": ("cls_ensemble(keep=0.5, first=1)", "cls_ensemble(first=7)"),
     "temperature": (
         "temperature(value=0.5, layers=(3,))",

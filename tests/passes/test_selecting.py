@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from synthetic_sites import SITES, example
 
-from rewrite.ir import Count, PassError, Program, Received, Select, Site, parse_pass
+from rewrite.ir import Contextual, Count, Handed, NotApplicableError, PassError, Program, Received, Select, Site, parse_pass
 from rewrite.ir.semantics import evaluate_site
 
 CASES = {"tower": "grid, CLS", "text": "image and text"}
@@ -47,8 +47,34 @@ def test_the_language_model_is_scored_by_its_own_attention_or_by_the_tower() -> 
     assert [stage.count.number(8, 16) for stage in stages] == [8, 4]
     (one,) = parse_pass("cls_prune").apply(WHOLE).selections
     assert (one.stack, one.layer, one.rule) == (1, 0, Received(("tower.2",), (0, 1)))
+    (one,) = parse_pass("dominant_contextual(summed=True)").apply(WHOLE).selections
+    assert (one.rule, one.contextual) == (Received(("tower.2",), (0, 1)), Contextual("tower.2", Count(0.052), True))
+    assert (one.count.number(576, 576), one.contextual.count.number(576, 576)) == (190, 30)
     (one,) = parse_pass("cls_ensemble(first=1)").apply(WHOLE).selections
     assert one.rule == Received(("tower.1", "tower.2"), (0, 1))
+
+
+def test_what_an_image_of_several_pictures_keeps() -> None:
+    (one,) = parse_pass("hired(crops=(2, 2), alpha=0.5)").apply(WHOLE).selections
+    assert (one.rule, one.reads) == (Received(("tower.2",), (0, 1)), ("tower.2", "tower.0"))
+    # LLaVA-NeXT at 20%: of 5 x 576 patches 576 in all, half of them the thumbnail's.
+    assert one.crops is not None
+    assert one.crops.numbers(one.count, 576) == (288, 288, 288)
+    (one,) = parse_pass("hired").apply(WHOLE).selections
+    assert (one.crops, one.count.number(576, 576)) == (None, 115)
+
+
+def test_pictures_that_leave_their_tower_are_chosen_from_for_a_later_graph() -> None:
+    leaving = replace(TOWER[2], leaves=True)
+    program = parse_pass("cls_ensemble(first=1)").apply(Program((*TOWER[:2], leaving, TOWER[3])))
+    assert [one.rule for one in program.choices] == [Received(("tower.1", "tower.2"), (0, 1))]
+    assert not program.touched
+    assert not parse_pass("cls_ensemble(keep=1.0)").apply(Program((leaving,))).choices
+    with pytest.raises(NotApplicableError, match=r"cls_ensemble.* and cls_prune.* both choose"):
+        parse_pass("cls_prune").apply(program)
+    by = "cls_prune(keep=0.5)"
+    later = parse_pass(by).apply(Program(stack(0, "text", 4, pictured="tower.2", chosen=by)))
+    assert [one.rule for one in later.selections] == [Handed()]
 
 
 def test_sites_behind_a_merge_count_keys_by_their_size() -> None:
@@ -82,6 +108,23 @@ def test_sites_behind_a_merge_count_keys_by_their_size() -> None:
         ("cls_prune", Program(TEXT), "text.0", "not the patches of a vision tower in this graph"),
         ("cls_ensemble(first=3)", WHOLE, "text.0", "none of which is layer 3 or later"),
         ("cls_prune", Program((*TOWER[:2], replace(TOWER[2], map_read=True), *TEXT)), "text.0", "tower.2 is read, and its attention map"),
+        (
+            "dominant_contextual",
+            Program((*TOWER[:2], replace(TOWER[2], map_read=True), *TEXT)),
+            "text.0",
+            "tower.2 is read, and its attention",
+        ),
+        ("dominant_contextual", Program(stack(1, "text", 4, pictured="tower.2", chosen="cls_prune")), "text.0", "cls_prune chose among"),
+        ("hired(early=3)", WHOLE, "text.0", "not through layer 3"),
+        ("hired(crops=(2, 7), bands=True)", WHOLE, "text.0", "72 patches are not cut into 14 equal bands"),
+        (
+            "hired(crops=(2, 2))",
+            Program((replace(TOWER[0], map_read=True), *TOWER[1:], *TEXT)),
+            "text.0",
+            "tower.0 is read, and its attention",
+        ),
+        ("matryoshka", WHOLE, "text.0", "8x9 patches are not cut into 36 squares"),
+        ("matryoshka", Program(TEXT), "text.0", "not the patches of a vision tower in this graph"),
         ("diverse", Program(TEXT[1:]), "text.1", "first layer of its stack is in another graph"),
         ("fastv", Program(stack(1, "text", 4, layout=SITES["text"].layout)), "text.2", "no visual tokens"),
     ],
@@ -110,6 +153,10 @@ def test_what_another_site_chose_is_not_guessed() -> None:
         "pyramid(layers=())",
         "pyramid(keep=1.5)",
         "cls_prune(keep=1)",
+        "dominant_contextual(contextual=0)",
+        "hired(alpha=1.5)",
+        "hired(crops=(2,))",
+        "matryoshka(tokens=0)",
     ],
 )
 def test_out_of_range(text: str) -> None:

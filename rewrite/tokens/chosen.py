@@ -1,0 +1,51 @@
+"""Patches of pictures that were chosen in the graph of their vision tower, for a later graph in which they are a text's visual tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import fx
+
+# Where a placeholder's meta has the `Given` of the pictures that it holds.
+GIVEN = "rewrite_given"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is known of a choice without its tensors.
+
+    by: the pass. site: the last attention of the tower that the patches went through. share: how much of the patches of pictures stays.
+    """
+
+    by: str
+    site: str
+    share: Fraction
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The choice among the patches of an activation. stay: bool [pictures, P], or [P] of one picture [P, C].
+
+    made: what a text gets in the place of the activation where the pass made something else of it; None for the activation itself.
+    """
+
+    choice: Choice
+    stay: torch.Tensor
+    made: torch.Tensor | None = None
+
+    def of(self, picture: int | None) -> Chosen:
+        """That of one picture among them; None is all."""
+        if picture is None:
+            return self
+        return Chosen(self.choice, self.stay[picture], None if self.made is None else self.made[picture])
+
+
+@dataclass(frozen=True)
+class Given:
+    """The choice as inputs of a graph beside the activation."""
+
+    choice: Choice
+    stay: fx.Node
+    made: fx.Node | None
