@@ -139,12 +139,13 @@ class Report:
         if self.passes and record.place is not None:
             seconds = whole_graph(record)
             self.predicted = seconds if self.predicted is None else self.predicted + seconds
-        self._without_kernels(record)
+        self._take_notes(record)
         self._tokens(record)
         self.near_misses += [NearMissReport(miss.module, miss.node, miss.reason) for miss in record.misses]
 
-    def _without_kernels(self, record: Record) -> None:
-        """Say which rewritten sites have no Triton form, forward or backward, and why: they run in torch operators on a GPU too."""
+    def _take_notes(self, record: Record) -> None:
+        """Say which rewritten sites have no Triton form, forward or backward, and why (they run in torch operators on a GPU too), and what
+        is known only when the model runs."""
         reasons: dict[tuple[str, str], list[str]] = {}
         for site in record.program.sites:
             for operation in site.body.operations if site.name in record.lowered else ():
@@ -157,7 +158,9 @@ class Report:
             f"{', '.join(dict.fromkeys(names))} {told} in torch operators on every device, without a kernel: {why}"
             for (told, why), names in reasons.items()
         )
-        self.notes += [note for note in (*notes, *declined_words(record.keys_kept)) if note not in self.notes]
+        open_ = dict.fromkeys(one.by for one in record.program.exits if one.when is not None)
+        decided = (f"{by}: the data decide in each call whether tokens leave, and costs are told as if none did" for by in open_)
+        self.notes += [note for note in (*notes, *decided, *declined_words(record.keys_kept)) if note not in self.notes]
 
     def _site(self, entry: Found, changed: Site, record: Record, before: Cost, after: Cost) -> SiteReport:
         site, cut = entry.site, record.cut.get(entry.site.name, "")

@@ -144,6 +144,7 @@ def test_exit_where_the_image_is_not_relevant_any_more() -> None:
     below = max((1.0001 * share for each in found for share in each), key=lambda share: len(set(layers(share))))
     assert len(set(layers(below))) > 1
     changed = rewritten(model, [f"token_exit(relevance={below})"], batches[0])
+    assert any("as if none did" in note for note in changed.rewrite_report.notes)
     for inputs, layer in zip(batches, layers(below), strict=True):
         with kept_tokens(changed) as kept:
             actual = changed.generate(**inputs, **GREEDY)
