@@ -218,10 +218,15 @@ def test_pruning_exit_sinks_and_temperature() -> None:
     """In one list: sinks of layers that see every visual token. Where a pass left fewer, the refusal names the two."""
     model, inputs = llava("sdpa", layers=4), llava_inputs()
     passes = ["token_exit(layer=3)", SINKS, "temperature(value=1.5)"]
-    with pytest.raises(
-        NotApplicableError, match=r"layers.1.self_attn: sink_redistribution.* into groups.* and cls_prune\(keep=0.5\) leaves"
-    ):
-        rewritten(model, ["cls_prune(keep=0.5)", *passes], inputs)
+    hired, refused = "hired(keep=0.5)", r"layers.1.self_attn: sink_redistribution.* into groups.* and hired\(keep=0.5\) leaves"
+    with pytest.raises(NotApplicableError, match=refused):
+        rewritten(model, [hired, *passes], inputs)
+    without = rewritten(model, [hired, passes[0], passes[2]], inputs)
+    with kept_tokens(without) as kept, torch.no_grad():
+        without(**inputs)
+    text = 30 - 16
+    assert [one.mask.sum(1).tolist() for one in kept.values()] == [*3 * [[text + 8] * 2], [text] * 2]
+    assert all("temperature(value=1.5)" in site.passes for site in without.rewrite_report.sites[-4:])
     changed = rewritten(model, passes, inputs)
     by_layer = [{by.split("(")[0] for by in site.passes} for site in changed.rewrite_report.sites][-4:]
     assert by_layer == [{"temperature"}, {"sink_redistribution"}, {"sink_redistribution"}, {"token_exit", "temperature"}]
