@@ -13,6 +13,7 @@ from passes.prune.diverse import Diverse
 from passes.prune.dominant_contextual import DominantContextual
 from passes.prune.evit import EViT
 from passes.prune.fastv import FastV
+from passes.prune.fuse import Fuse
 from passes.prune.hired import HiRed
 from passes.prune.matryoshka import Matryoshka
 from passes.prune.merge import ToMe
@@ -46,6 +47,7 @@ __all__ = [
     "EViT",
     "EnhancedLinear",
     "FastV",
+    "Fuse",
     "Grid",
     "Halo",
     "HeadReinforce",

@@ -17,12 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import sympy
 import torch
 
 from passes import layers as layers_
-from passes.prune import choice
-from rewrite.ir import CHANGES_NOTHING, AttentionInputs, Fits, I, J, Merge, Pass, Program, Site, parameter, register_pass
+from passes.prune import choice, mergeable
+from rewrite.ir import AttentionInputs, Fits, Merge, Pass, Program, parameter, register_pass
 
 
 @register_pass
@@ -63,29 +62,11 @@ class ToMe(Pass):
         """What is merged in one stack, or why nothing is."""
         if self.r == 0:
             return choice.keeps_all(str(self))
-        sites = [site for site in program.sites if site.stack == stack]
-        asked = tuple(range(max(site.depth for site in sites))) if self.layers is None else tuple(sorted(self.layers))
-        chosen = [choice.at_layer(program, stack, layer) for layer in asked]
-        missing = [layer for layer, site in zip(asked, chosen, strict=True) if site is None]
-        if missing:
-            return f"its stack has no layer {missing[0]} here, where tokens would be merged"
-        read = [site for site in chosen if site is not None]
-        blocking = next((site for site in sites if site.layer >= read[0].layer and _by_position(site)), None)
-        if blocking is not None:
-            return f"{blocking.name} {_by_position(blocking)}, and merged tokens have no one position"
-        if read[0].dims["Nk"] - read[0].layout.prefix < 2:
-            return f"it has fewer than two patches, so that merging {CHANGES_NOTHING}"
+        read = mergeable.sites_merged(program, stack, self.layers, 0)
+        if isinstance(read, str):
+            return read
         return tuple(Merge(stack, site.layer, site.name, self.r, site.layout.prefix, self.proportional, str(self)) for site in read)
 
     def reference(self, attention: AttentionInputs) -> torch.Tensor:
         """Plain attention: at the layer where tokens are merged first, they are so behind it."""
         return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value
-
-
-def _by_position(site: Site) -> str | None:
-    """What a site's attention reads by the position of a token, in words that follow its name; None where it reads nothing so."""
-    attends = site.body.attends()
-    if any(attend.mask != sympy.true for attend in attends):
-        return "is masked"
-    read = [name for attend in attends for name, at in attend.tensors().items() if any({I, J} & index.free_symbols for index in at)]
-    return f"reads {read[0]} by position" if read else None

@@ -178,26 +178,52 @@ class Select:
 
 
 @dataclass(frozen=True)
+class Criteria:
+    """What makes tokens go together in multi-criteria fusion, as temperatures: likeness, little attention received, small size (MCTF)."""
+
+    similar: float
+    informative: float
+    sized: float
+
+    def number(self, count: float, tokens: int, prefix: int) -> int:
+        """How many of `tokens` are fused away: `count`, or the share of those behind CLS that it is; half at most, and ten stay."""
+        wanted = int((tokens - 1) * count) if isinstance(count, float) else count
+        return max(0, min(wanted, (tokens - prefix) // 2, tokens - FEWEST))
+
+
+# So many tokens are left by fusion in the authors' code.
+FEWEST = 10
+
+
+@dataclass(frozen=True)
 class Merge:
     """Tokens that are alike are merged between the attention and the MLP of one layer of a stack (ToMe, Bolya et al. 2023).
 
     The tokens at even places are matched with those at odd ones by the cosine of the keys of `site`, averaged over heads; the closest
     `count` pairs, at most (N - prefix) // 2 of N tokens, become the mean of the patches that they stand for. Left are the other even
-    tokens, then the odd ones; the first `prefix` are never merged. proportional: the attention of later layers has log(size) of each key
-    added to its score (`sized`). Where a token-shaped tensor is read in full, each place holds the token that it went into.
+    tokens, then the odd ones; the first `prefix` are never merged and stay in front. proportional: the attention of later layers has
+    log(size) of each key added to its score (`sized`). Where a token-shaped tensor is read in full, each place holds the token that it
+    went into.
+
+    criteria: tokens are fused in front of the layer instead, each weighted by what it receives in that layer times its size, and matched by
+    these (`rewrite.tokens.fusing`). The layer's attention is that of the tokens as they were (one step ahead): keys add up the attention
+    that they received, to the values of the fused tokens, and its rows are averaged as the tokens are.
     """
 
     stack: int
     layer: int
     site: str
-    count: int
+    count: int | float
     prefix: int
     proportional: bool
     by: str
+    criteria: Criteria | None = None
 
     def number(self, present: int) -> int:
         """How many tokens are merged away, of `present` with the prefix."""
-        return max(0, min(self.count, (present - self.prefix) // 2))
+        if self.criteria is not None:
+            return self.criteria.number(self.count, present, self.prefix)
+        return max(0, min(int(self.count), (present - self.prefix) // 2))
 
 
 TokenOperation = Exit | Select | Merge
@@ -207,5 +233,6 @@ LOG_SIZE = "log_size"
 
 
 def first_layer(operation: TokenOperation) -> int:
-    """The first layer whose attention does not see every token any more."""
-    return operation.layer + (isinstance(operation, Merge) or (isinstance(operation, Select) and operation.place == "between"))
+    """The first layer whose attention does not see every token any more, or not as it was."""
+    between = isinstance(operation, Merge) and operation.criteria is None
+    return operation.layer + (between or (isinstance(operation, Select) and operation.place == "between"))

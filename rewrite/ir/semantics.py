@@ -259,7 +259,7 @@ def _leaving(
             raise ValueError(f"whether tokens have left {site.name} is decided by more than its own tensors")
         return present
     if isinstance(one, Merge):
-        raise ValueError(f"tokens of {site.name} are merged by the keys of {one.site}")
+        raise ValueError(f"tokens of {site.name} are merged by what {one.site} is given")
     number = one.count.number(int(present[0].sum()), int(every[0].sum()))
     if isinstance(one.rule, Spread):
         if site.layer != one.layer:

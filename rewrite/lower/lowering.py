@@ -70,18 +70,23 @@ def lower_body(graph: fx.Graph, site: Site, region: Region, given: Mapping[str, 
     return result, values
 
 
-def lower_statistic(graph: fx.Graph, statistic: Statistic, region: Region, copies: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def lower_statistic(
+    graph: fx.Graph, statistic: Statistic, region: Region, copies: Mapping[fx.Node, fx.Node], given: Mapping[str, fx.Node] | None = None
+) -> fx.Node:
     """The statistic of a region's attention, computed beside it from its queries, keys and tensors.
 
-    copies: nodes to take in the place of those that the region reads; the statistic then follows the last of them.
+    copies: nodes to take in the place of those that the region reads; the statistic then follows the last of them. given: as for
+    `lower_body`.
     """
     old = set(graph.nodes)
     read = ("query", "key", *statistic.tensors())
-    values: dict[str, fx.Node] = {}
+    values: dict[str, fx.Node] = dict(given or {})
     with graph.inserting_after(max(copies.values())) if copies else graph.inserting_before(region.output):
         at = graph.call_function(operator.getitem, ((0,), 0))
     with graph.inserting_before(at):
         for name in read:
+            if name in values:
+                continue
             node = region.operands()[name].node
             values[name] = _operand(graph, region, name, copies.get(node, node))
         _statistic(graph, statistic, values)

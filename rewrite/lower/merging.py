@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from rewrite.ir.selection import Merge, first_layer
+from rewrite.ir.selection import Merge
 from rewrite.lower.cursor import Cursor
 from rewrite.lower.lowering import lower_operand, traced
 from rewrite.recognise.operators import value_of
@@ -52,8 +52,8 @@ class Sizes:
 
 def merge_tokens(
     one: Merge, entry: Found, current: fx.Node, left: Merged, later: list[Found], sizes: Sizes, at: Cursor
-) -> tuple[fx.Node, Merged, Mapping[fx.Node, Selection]]:
-    """The stream `current` behind the attention of `entry` merged: it, what is left then, and what has fewer tokens now."""
+) -> tuple[fx.Node, Merged, Mapping[fx.Node, Mapping[int, Selection]]]:
+    """The stream `current` behind the attention of `entry` merged: it, what is left then, and what has fewer tokens now, by axis."""
     key = lower_operand(at, entry.region, "key")
     match = at.call(merging.matched, (key, one.prefix, one.count))
     stays, merged, target = (at.call(operator.getitem, (match, part)) for part in range(3))
@@ -65,11 +65,19 @@ def merge_tokens(
     counted = left.sizes or at.call(merging.ones_each, (current,))
     cut = at.call(merging.merged_tokens, (current, counted, stays, merged, target))
     after = at.call(merging.merged_sizes, (counted, stays, merged, target))
-    short = {cut: selection}
-    readers = [other.site.name for other in later if other.site.layer >= first_layer(one) and other.site.name in sizes.stand_ins]
-    if readers:
-        log = at.call(merging.log_size, (after,))
-        log.meta["example_value"] = value_of(sizes.stand_ins[readers[0]])
-        short[log] = selection
-        sizes.logs.update(dict.fromkeys(readers, log))
+    behind = sizes_behind(one, after, selection, later, sizes, at)
+    short = {node: {1: selected} for node, selected in {cut: selection, **behind}.items()}
     return cut, Merged(selection, left.length, after, left.hint - one.number(left.hint)), short
+
+
+def sizes_behind(
+    one: Merge, after: fx.Node, selection: Selection, later: list[Found], sizes: Sizes, at: Cursor
+) -> Mapping[fx.Node, Selection]:
+    """Tell the sites of later layers the sizes `after` a merge; what that put into the graph that has fewer tokens."""
+    readers = [other.site.name for other in later if other.site.layer > one.layer and other.site.name in sizes.stand_ins]
+    if not readers:
+        return {}
+    log = at.call(merging.log_size, (after,))
+    log.meta["example_value"] = value_of(sizes.stand_ins[readers[0]])
+    sizes.logs.update(dict.fromkeys(readers, log))
+    return {log: selection}

@@ -159,6 +159,7 @@ class ProgramLowering:
             given[LOG_SIZE] = self.selections.sizes.stand_in(entry)
         self.lowered.add(site.name)
         lowered = self.put(entry, site, given)
+        self.selections.results[site.name] = lowered[site.body.result]
         if groups:
             outputs = self._cache_outputs(entry.region.key.node)
             if outputs:

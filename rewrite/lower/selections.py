@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
@@ -17,6 +17,7 @@ from rewrite.ir.operations import Parameter, Statistic
 from rewrite.ir.program import Program
 from rewrite.ir.selection import ROUTER, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, Spread, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number
+from rewrite.lower.fusing import attention_of, fuse_tokens
 from rewrite.lower.lowering import lower_operand, lower_statistic
 from rewrite.lower.merging import Merged, Sizes, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
@@ -69,6 +70,7 @@ class Selections:
         self.gone: dict[str, int] = {}
         self.seen: dict[str, Selection] = {}
         self.routed: dict[str, fx.Node] = {}
+        self.results: dict[str, fx.Node] = {}
         self.sizes = Sizes(graph)
         self._cut: dict[fx.Node, fx.Node] = {}
         asked = [one for stack in self._stacks() for one in self._operations(stack)]
@@ -94,7 +96,9 @@ class Selections:
 
     def _note(self, one: TokenOperation, gone: int, left: Selection) -> None:
         """What the sites behind an operation see."""
-        behind = [found.site.name for found in self._entries(one.stack) if found.site.layer >= first_layer(one)]
+        # In the layer in front of which tokens are fused, queries and keys are still those of all.
+        first = one.layer + 1 if isinstance(one, Merge) else first_layer(one)
+        behind = [found.site.name for found in self._entries(one.stack) if found.site.layer >= first]
         self.gone.update(dict.fromkeys(behind, gone))
         self.seen.update(dict.fromkeys(behind, left))
 
@@ -125,7 +129,7 @@ class Selections:
         if entry is None:
             raise NotApplicableError(f"{one.by}: layer {one.layer} is in another graph of the call, so no token can leave there")
         stream = entry.stream
-        if stream is not None and (isinstance(one, Merge) or (isinstance(one, Select) and one.place == "between")):
+        if stream is not None and _between(one):
             stream = behind_attention(entry, stream)
         if stream is None:
             raise NotApplicableError(f"{entry.site.name}: the residual stream was not found there, so no token can leave ({one.by})")
@@ -159,18 +163,30 @@ class Selections:
             entry, stream = self._places[one]
             if not isinstance(one, Merge):
                 raise NotApplicableError(f"{entry.site.name}: tokens are merged in its stack, of which {one.by} would have to choose some")
-            users = [user for user in stream.users if user.op != "output"]
-            at = Cursor(self.graph, self._behind_inputs(max(stream, entry.region.key.node)))
+            users = [user for user in stream.users if user.op != "output" and user not in self.sizes.stand_ins.values()]
+            at = Cursor(self.graph, self._behind_inputs(stream if one.criteria else max(stream, entry.region.key.node)))
             if left is None:
                 left = Merged(None, at.call_method("size", (stream, 1)), None, hinted_shape(stream)[1])
-            cut, left, short = merge_tokens(one, entry, stream, left, self._entries(stack), self.sizes, at)
+            if one.criteria is None:
+                cut, left, short = merge_tokens(one, entry, stream, left, self._entries(stack), self.sizes, at)
+            else:
+                cut, left, short = self._fuse(one, entry, stream, left)
             cut.meta.update({key: stream.meta[key] for key in ("example_value", "nn_module_stack") if key in stream.meta})
             for user in users:
                 user.replace_input_with(stream, cut)
             assert left.selection is not None
-            self.seeds.update({node: {1: selection} for node, selection in short.items()})
+            self.seeds.update({node: dict(axes) for node, axes in short.items()})
             self.kept[left.selection.positions] = left.hint
             self._note(one, hinted_shape(stream)[1] - left.hint, left.selection)
+
+    def _fuse(
+        self, one: Merge, entry: Found, stream: fx.Node, left: Merged
+    ) -> tuple[fx.Node, Merged, Mapping[fx.Node, Mapping[int, Selection]]]:
+        site = next(site for site in self.program.sites if site.name == one.site)
+        result = self.results[one.site]
+        call = attention_of(result, one.by)
+        copies = self._copied([node for node in call.args[:2] if isinstance(node, fx.Node)], entry, stream, stream, one)
+        return fuse_tokens(one, site, entry, result, stream, copies, left, self._entries(one.stack), self.sizes)
 
     def _leave(self, one: Exit | Select, entry: Found, stream: fx.Node, left: Left) -> Left:
         """Cut the residual stream to the tokens that stay."""
@@ -346,8 +362,14 @@ class Selections:
 
     def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Exit | Select) -> dict[fx.Node, fx.Node]:
         """Copies, right behind the stream, of what makes a layer's queries and keys: they see the tokens that leave in front of it."""
-        operands = {name: operand.node for name, operand in entry.region.operands().items() if name != "value"}
-        needed, stack = set(operands.values()), list(operands.values())
+        operands = [operand.node for name, operand in entry.region.operands().items() if name != "value"]
+        return self._copied(operands, entry, stream, current, one)
+
+    def _copied(
+        self, wanted: Sequence[fx.Node], entry: Found, stream: fx.Node, current: fx.Node, one: TokenOperation
+    ) -> dict[fx.Node, fx.Node]:
+        """Copies of what makes the `wanted` nodes of the stream, right behind `current`, which they read in its place."""
+        needed, stack = set(wanted), list(wanted)
         while stack:
             for previous in stack.pop().all_input_nodes:
                 if previous not in needed and previous > stream:
@@ -371,6 +393,11 @@ def _rule_of(one: Exit | Select) -> Received | Spread | Handed | Pooled | None:
     if isinstance(one, Select):
         return one.rule
     return one.when.rule if isinstance(one.when, Irrelevant) else None
+
+
+def _between(one: TokenOperation) -> bool:
+    """Whether tokens leave between attention and MLP of a layer, and not in front of it."""
+    return one.criteria is None if isinstance(one, Merge) else isinstance(one, Select) and one.place == "between"
 
 
 def _of_patches(one: TokenOperation) -> bool:

@@ -30,7 +30,13 @@ def matched(key: Tensor, prefix: int, count: int) -> Match:
     order = closest.argsort(dim=1, descending=True, stable=True)
     gone, left = order[:, :number], order[:, number:].sort(dim=1).values
     odds = torch.arange(odd.shape[1], device=key.device).expand(batch, -1)
-    return torch.cat([2 * left, 2 * odds + 1], 1), 2 * gone, best.gather(1, gone) + left.shape[1]
+    return with_first_in_front(torch.cat([2 * left, 2 * odds + 1], 1), 2 * gone, best.gather(1, gone) + left.shape[1], prefix)
+
+
+def with_first_in_front(stays: Tensor, merged: Tensor, target: Tensor, prefix: int) -> Match:
+    """A match whose tokens that stay begin with the first `prefix`, which are known by that in later layers."""
+    order = (stays >= prefix).to(torch.uint8).argsort(dim=1, stable=True)
+    return stays.gather(1, order), merged, order.argsort(dim=1).gather(1, target)
 
 
 def ones_each(stream: Tensor) -> Tensor:

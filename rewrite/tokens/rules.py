@@ -85,11 +85,21 @@ TRIANGLES = frozenset({"tril", "triu"})
 CHOICES = frozenset(
     (
         *("attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread", "matched"),
-        *("visual_staying", "visual_staying_routed", "routed_features", "visual_leaving_all", "received_as_one_head"),
+        *(
+            "visual_staying",
+            "visual_staying_routed",
+            "routed_features",
+            "visual_leaving_all",
+            "received_as_one_head",
+            "attended",
+            "fused_match",
+        ),
     )
 )
 # what it cuts a stream with: the result has the tokens that were chosen
-CUTS = frozenset({"gather_tokens", "fused_tokens", "merged_tokens"})
+CUTS = frozenset({"gather_tokens", "fused_tokens", "merged_tokens", "fused_rows"})
+# what gives each token what it went into: as many as there were before
+SPREADS = frozenset({"spread_values"})
 
 LOSSES = frozenset({"cross_entropy", "nll_loss"})
 

@@ -105,6 +105,8 @@ class _Surgery:
         shape = shape_of(node)
         axes = {axis % len(shape): selection for axis, selection in self.seeds[node].items()}
         before = {axis for source in node.all_input_nodes if source in self.placements for axis in self.placements[source].axes}
+        if rules.name_of(node) in rules.SPREADS:
+            return Placement(axes, batch=_seed_layout(node).batch)
         if before and (rules.name_of(node) not in rules.CUTS or shape_of(node.all_input_nodes[0]) != shape or not before <= axes.keys()):
             refuse(node, "a selection was made where tokens had been dropped before", "gather from what is left, composing the positions")
         if any(axis == 0 or shape[axis] == 1 for axis in axes):

@@ -37,6 +37,7 @@ class Tokens:
         pairs = sorted(pairs, reverse=True)[: min(r, (count - self.prefix) // 2)]
         into = {a: b for _, a, b in pairs}
         order = [a for a in range(0, count, 2) if a not in into] + list(range(1, count, 2))
+        order.sort(key=lambda place: place >= self.prefix)
         rows, sizes, members = [], [], []
         for place in order:
             together = [place, *(a for a, b in into.items() if b == place)]

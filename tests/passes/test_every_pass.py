@@ -61,6 +61,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     ),
     "evit": ("evit(keep=0.5, layers=(3,))", "evit(layers=(3,), fuse=False)", "evit(keep=0.99, layers=(2, 3))"),
     "fastv": ("fastv(layer=4)", "fastv(layer=4, drop=0.9)", "fastv(layer=6)"),
+    "fuse": ("fuse(r=5, informative=5.0)", "fuse(r=0.35)"),
     "merge": ("merge(r=5, layers=(3,))", "merge(layers=(3,), proportional=False)", "merge(r=4, layers=(2, 3))"),
     "pyramid": ("pyramid(layers=(3,))", "pyramid(layers=(0,), keep=0.25)", "pyramid(layers=(2, 3))"),
     "diverse": ("diverse(keep=0.5)", "diverse(keep=3)"),

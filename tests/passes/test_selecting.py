@@ -82,6 +82,10 @@ def test_sites_behind_a_merge_count_keys_by_their_size() -> None:
     assert [(one.layer, one.number(73), one.number(9)) for one in program.selections] == [(1, 5, 4), (2, 5, 4)]
     sized = program.sized()
     assert ["log_size[b, j]" in str(site.attend) for site in sized.sites] == [False, False, True, True, False, False, False, False]
+    # Fusion reads the layer in front of which it happens, sizes included.
+    program = parse_pass("fuse(r=16, layers=(1, 2))").apply(WHOLE)
+    assert [(one.layer, one.number(73), one.number(25), one.number(12)) for one in program.selections] == [(1, 16, 12, 2), (2, 16, 12, 2)]
+    assert ["log_size[b, j]" in str(site.attend) for site in program.sized().sites[:4]] == [False, True, True, True]
     assert parse_pass("merge(proportional=False)").apply(WHOLE).sized().sites[3].body == TOWER[3].body
 
 
@@ -101,6 +105,9 @@ def test_sites_behind_a_merge_count_keys_by_their_size() -> None:
         ("merge", Program(TOWER[1:]), "tower.2", "no layer 0"),
         ("merge", Program((*TOWER[:3], replace(TOWER[3], body=SITES["grid, mask"].body))), "tower.2", "tower.3 is masked"),
         ("merge", Program((*TOWER[:3], replace(TOWER[3], body=SITES["grid, bias"].body))), "tower.2", "tower.3 reads bias by position"),
+        ("fuse(layers=(1, 9))", WHOLE, "tower.2", "no layer 9"),
+        ("fuse(r=0.001)", WHOLE, "tower.2", "changes nothing"),
+        ("fuse", Program((*TOWER[:3], replace(TOWER[3], body=SITES["grid, mask"].body))), "tower.2", "tower.3 is masked"),
         ("fastv(layer=4)", WHOLE, "text.3", "stack has 4 layers"),
         ("fastv", Program(TEXT[2:]), "text.2", "layer 1, whose attention is read, is in another graph"),
         ("fastv", Program(stack(1, "text", 4, cached=True, dims={**TEXT[0].dims, "Nq": 1})), "text.2", "changes nothing"),
@@ -148,6 +155,8 @@ def test_what_another_site_chose_is_not_guessed() -> None:
         "evit(keep=0.0)",
         "evit(layers=())",
         "merge(r=-1)",
+        "fuse(r=1.0)",
+        "fuse(sized=0.0)",
         "fastv(layer=0)",
         "fastv(drop=1.0)",
         "pyramid(layers=())",
