@@ -56,7 +56,7 @@ def draw_kept(photo: np.ndarray, panels: Sequence[Panel], path: Path) -> Path:
         share = panel.seen[of_patch][:, of_patch, None]
         _photograph(axes, share * picture + (1 - share) * _faded(photo))
         _grid_lines(axes, photo, grid)
-        axes.set_title(panel.title, fontsize=11)
+        axes.set_title(panel.title.replace("(", "\n(", 1), fontsize=11)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     return path
 

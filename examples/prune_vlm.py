@@ -43,7 +43,7 @@ METHODS = (
 Inputs = dict[str, torch.Tensor]
 
 # Narrower than this, the table folds its numbers.
-WIDTH = 120
+WIDTH = 140
 
 
 @dataclass(frozen=True)

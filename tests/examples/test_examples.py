@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -81,13 +82,16 @@ def test_linear_attention_is_fitted_without_labels(monkeypatch: pytest.MonkeyPat
 def test_prune_vlm_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     example = importlib.import_module("prune_vlm")
-    methods = ("cls_prune(keep=0.25)", "merge(r=4)")
-    assert {"cls_prune", "cls_ensemble", "diverse", "fastv", "pyramid", "token_exit", "merge"} <= {
-        one.split("(")[0] for one in example.METHODS
-    }
-    example.main(["--small", "--output", str(tmp_path / "kept.png"), "--methods", *methods])
+    pictures = importlib.import_module("demo_pictures")
+    shown = {one.split("(")[0] for one in example.METHODS}
+    assert {"cls_prune", "cls_ensemble", "hired", "diverse", "fastv", "pyramid", "token_exit", "merge"} <= shown
+    example.main(["--small", "--output", str(tmp_path / "kept.png"), "--methods", "cls_prune(keep=0.25)"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "Random weights" in printed
-    for told in (*methods, "9 of 36", "36 of 36"):
+    for told in ("Random weights", "cls_prune(keep=0.25)", "9 of 36"):
         assert told in printed
     assert (tmp_path / "kept.png").stat().st_size > 10_000
+    # Of two halves that are merged each has one colour.
+    photo = np.random.default_rng(0).random((8, 8, 3))
+    merged = pictures._merged(photo, np.repeat([[0, 1]], 8, 0).repeat(4, 1))
+    assert np.allclose(merged[:, :4], photo[:, :4].mean((0, 1)))
+    assert np.allclose(merged[:, 4:], photo[:, 4:].mean((0, 1)))
