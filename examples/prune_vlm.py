@@ -35,7 +35,7 @@ METHODS = (
     "pyramid(layers=(1, 2, 3))",
     "token_exit(layer=2)",
     "outlier_tokens",
-    "merge(r=2)",
+    "merge(r=48)",
     "fuse",
     "matryoshka(tokens=144)",
 )
