@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rewrite import ModelCallError, NotApplicableError
+from rewrite.ir import Count, Crops, Received
 from rewrite.tokens.crops import patches_by_crop
 from tests.models.architectures import IMAGE_TOKEN, llava, llava_inputs, rewritten
 from tests.models.oracles import Survivors, attention_replaced_by
@@ -47,8 +48,6 @@ def budgets(early: list[float], rate: float, alpha: float, crops: tuple[int, int
 
 @pytest.mark.parametrize(("rate", "alpha", "bands"), [(0.2, 0.5, False), (0.2, 0.5, True), (0.6, 0.25, False), (0.9, 0.9, True)])
 def test_budgets_go_where_the_thumbnail_is_busy(rate: float, alpha: float, bands: bool) -> None:
-    from rewrite.ir import Count, Crops, Received
-
     random = torch.Generator().manual_seed(int(100 * rate))
     early, late = torch.rand(10, 17, generator=random), torch.rand(10, 17, generator=random)
     # All that is busy lies in the first crop: more is owed to it than it has patches.
@@ -63,17 +62,16 @@ def test_budgets_go_where_the_thumbnail_is_busy(rate: float, alpha: float, bands
             assert stay[picture].nonzero().flatten().tolist() == sorted(best.tolist())
 
 
-@pytest.mark.parametrize("alpha", [0.5])
-def test_hired_token_for_token_in_generate(alpha: float) -> None:
+def test_hired_token_for_token_in_generate() -> None:
     inputs = five_pictures_a_row()
     visual, plain, oracle = visual_of(inputs), llava("sdpa"), Survivors(TEXT)
-    changed = rewritten(llava("eager"), [f"hired(keep=0.3, crops=(2, 2), alpha={alpha})"], inputs)
+    changed = rewritten(llava("eager"), ["hired(keep=0.3, crops=(2, 2))"], inputs)
 
     def keep(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         early, late = (oracle.weights[layer][:, :, 0, 1:].sum(1) for layer in (0, 1))
         stays = torch.zeros(10, 16, dtype=torch.bool)
         for image in range(2):
-            for picture, count in enumerate(budgets(early[5 * image].tolist(), 0.3, alpha, (2, 2), 4, False), 5 * image):
+            for picture, count in enumerate(budgets(early[5 * image].tolist(), 0.3, 0.5, (2, 2), 4, False), 5 * image):
                 stays[picture, late[picture].topk(count).indices] = True
         return alive & ~visual.masked_scatter(visual, ~stays)
 
@@ -91,9 +89,8 @@ def test_hired_token_for_token_in_generate(alpha: float) -> None:
         changed(**three)
 
 
-@pytest.mark.parametrize("options", [{"num_beams": 2}])
-def test_pooled_pictures_in_generate(options: dict[str, Any]) -> None:
-    inputs = llava_inputs()
+def test_pooled_pictures_in_generate_with_beams() -> None:
+    inputs, options = llava_inputs(), {"num_beams": 2}
     visual, plain, oracle = visual_of(inputs), llava("sdpa"), Survivors(TEXT)
     changed = rewritten(llava("eager"), ["matryoshka(tokens=4)"], inputs)
 
