@@ -6,7 +6,8 @@ Two cases. DeiT-S with `evit` and `merge`: a whole forward pass. A LLaVA-1.5-sha
 model of LLaMA's shape shrunk in width and depth) of which 90 % of the visual tokens never enter the language model: time to first token
 (tower, projector, prefill), the prefill alone (that, less the time of the unmodified tower and projector in the same round), and steps of
 decoding behind it. Every variant is run in turns in one process; a ratio is the median over rounds of (time of the unmodified model / time
-of the variant) within a round. Results go to benchmarks/results/tokens.md as found.
+of the variant) within a round. What choosing itself takes (scores, the choice, gathers) is timed operator by operator in a run of the
+rewritten graph, as a share of the time of all its operators. Results go to benchmarks/results/tokens.md as found.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rewrite import rewrite
@@ -73,11 +74,55 @@ SMALL = Sizes(84, 64, 3, 64, 2, steps=2, seconds=0.1, least=2)
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the ways to run it, by name; predicted: by pass list and what is done, how many times as fast it is to be."""
+    """A model and the ways to run it, by name; predicted: by pass list and what is done, how many times as fast it is to be.
+
+    choosing: by pass list, runs the rewritten model once and gives the share of its time that choosing takes.
+    """
 
     name: str
     runs: dict[str, Run]
     predicted: dict[tuple[str, str], float]
+    choosing: dict[str, Callable[[], float]]
+
+
+# Where the code of choosing lies: Dynamo says of every operator which code it comes from.
+CHOOSING = str(Path("rewrite") / "tokens")
+# The operators of choosing that are not written there.
+CHOOSING_OPERATORS = ("attention_statistic", "kept_positions")
+
+
+class Timed(fx.Interpreter):
+    """Runs a graph and adds up the seconds of its operators, of choosing and of all."""
+
+    def __init__(self, module: fx.GraphModule, seconds: dict[str, float]) -> None:
+        super().__init__(module)
+        self.seconds = seconds
+
+    def run_node(self, n: fx.Node) -> Any:
+        begun = time.perf_counter()
+        result = super().run_node(n)
+        spent = time.perf_counter() - begun
+        chooses = CHOOSING in (n.stack_trace or "") or any(name in str(n.target) for name in CHOOSING_OPERATORS)
+        self.seconds["all"] += spent
+        self.seconds["choosing"] += spent * chooses
+        return result
+
+
+def choosing_share(model: nn.Module, inputs: Inputs, one: str) -> Callable[[], float]:
+    """Runs the model under a pass and gives the share of its time that choosing takes."""
+    seconds = {"all": 0.0, "choosing": 0.0}
+
+    def backend(module: fx.GraphModule, given: Any) -> Callable[..., Any]:
+        return lambda *values: Timed(module, seconds).run(*values)
+
+    changed = rewrite(sharing(model), passes=one, example_inputs=inputs, backend=backend)
+
+    def run() -> float:
+        seconds.update(dict.fromkeys(seconds, 0.0))
+        changed(**inputs)
+        return seconds["choosing"] / seconds["all"]
+
+    return run
 
 
 def sharing(model: nn.Module) -> nn.Module:
@@ -126,7 +171,8 @@ def deit(sizes: Sizes) -> Case:
         one(**inputs)
         return {"forward pass": time.perf_counter() - begun}
 
-    return Case("DeiT-S, 224 px", {name: partial(run, one) for name, one in made.items()}, faster)
+    choosing = {one: choosing_share(model, inputs, one) for one in passes}
+    return Case("DeiT-S, 224 px", {name: partial(run, one) for name, one in made.items()}, faster, choosing)
 
 
 def llava(sizes: Sizes) -> tuple[nn.Module, Inputs]:
@@ -186,7 +232,8 @@ def multimodal(sizes: Sizes) -> Case:
 
     runs = {name: partial(run, one, towers[name.split(", ")[-1]]) for name, one in made.items()}
     visual = (sizes.picture // PATCH) ** 2
-    return Case(f"LLaVA-1.5-shaped, {visual} visual tokens of {visual + TEXT_BEFORE + TEXT_AFTER}", runs, faster)
+    choosing = {PRUNED: choosing_share(model, inputs, PRUNED)}
+    return Case(f"LLaVA-1.5-shaped, {visual} visual tokens of {visual + TEXT_BEFORE + TEXT_AFTER}", runs, faster, choosing)
 
 
 def measure(runs: dict[str, Run], sizes: Sizes) -> dict[str, list[Seconds]]:
@@ -206,6 +253,15 @@ def measure(runs: dict[str, Run], sizes: Sizes) -> dict[str, list[Seconds]]:
             taken[name].append(runs[name]())
         done += 1
     return taken
+
+
+def shares(case: Case, least: int) -> list[str]:
+    """The lines that say what choosing itself takes: medians over `least` runs behind two that do not count."""
+    lines = ["### choosing itself (scores, choice, gathers), of the time of all operators of the rewritten forward pass", ""]
+    for one, run in case.choosing.items():
+        run(), run()
+        lines.append(f"- {one}: {statistics.median(run() for _ in range(max(least, 5))):.1%}")
+    return [*lines, ""]
 
 
 def rows(case: Case, taken: dict[str, list[Seconds]]) -> list[str]:
@@ -255,7 +311,7 @@ def main() -> None:
     with torch.no_grad():
         for build in (deit, multimodal):
             case = build(sizes)
-            found = rows(case, measure(case.runs, sizes))
+            found = rows(case, measure(case.runs, sizes)) + shares(case, sizes.least)
             console.print("\n".join(found), markup=False)
             lines += found
             torch.compiler.reset()
