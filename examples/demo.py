@@ -22,7 +22,7 @@ from rich.table import Table
 from skimage import data, transform
 from torch import nn
 
-from rewrite import kernels, rewrite
+from rewrite import cached_tokens, kernels, rewrite
 
 # Narrower than this, the report's table folds its numbers.
 WIDTH = 150
@@ -109,7 +109,7 @@ def generate(console: Console, model: nn.Module, rewritten: nn.Module, inputs: d
     console.rule("LLaVA: generate()")
     for label, one in (("before", model), ("after", rewritten)):
         result = one.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
-        lengths = [layer.keys.shape[2] for layer in result.past_key_values.layers]
+        lengths = cached_tokens(result.past_key_values)
         count = result.sequences.shape[1] - inputs["input_ids"].shape[1]
         console.print(f"{label}: {count} tokens generated; tokens in the KV cache of each layer: {' '.join(map(str, lengths))}")
 
@@ -118,7 +118,7 @@ def visual_tokens_kept(model: nn.Module, inputs: dict[str, torch.Tensor]) -> lis
     """How many visual tokens each layer of the language model works on, read off its KV cache."""
     visual = int((inputs["input_ids"] == model.config.image_token_id).sum())
     text = inputs["input_ids"].shape[1] - visual
-    return [layer.keys.shape[2] - text for layer in model(**inputs).past_key_values.layers]
+    return [tokens - text for tokens in cached_tokens(model(**inputs).past_key_values)]
 
 
 def times(shown: list[Shown]) -> Table:

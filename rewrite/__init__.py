@@ -26,6 +26,7 @@ from rewrite.ir import (
 from rewrite.kept import kept_tokens
 from rewrite.prediction import SlowerWarning
 from rewrite.report import Report
+from rewrite.states import cached_tokens
 from rewrite.sweep import HeadSweep, sweep_heads
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ __all__ = [
     "SlowerWarning",
     "autotune",
     "available_passes",
+    "cached_tokens",
     "contrast",
     "explain",
     "fit",

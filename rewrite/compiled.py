@@ -6,7 +6,7 @@ import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from rewrite.ir.errors import NotApplicableError
 from rewrite.names import Witness
 from rewrite.notes import Note
 from rewrite.recognise.operators import value_of
-from rewrite.states import state_entry
+from rewrite.states import stand_in
 from rewrite.tokens.chosen import Chosen
 
 InnerBackend = str | Callable[..., Any]
@@ -237,7 +237,7 @@ class CompiledGraph:
                     heads, width = results[index].shape[1], results[index].shape[3]
                     entry = (heads, width, results[index].dtype)
                     note = Note(None, known["seen"].shape[1], state=known["state"], seen=known["seen"], entry=entry)
-                    results[index] = state_entry(note)
+                    results[index] = stand_in(note)
                     call.produce(results[index], note)
             elif index in layers or index in chosen:
                 of_pictures = None
@@ -246,13 +246,20 @@ class CompiledGraph:
                     of_pictures = Chosen(choice, known["stay"], known.get("made")).of(picture)
                 call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers.get(index, ()), of_pictures))
             else:
-                self._note(call, results[index], known)
+                results[index] = self._noted(call, results[index], known)
         return results[:count] if produced else results
 
     @staticmethod
-    def _note(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> None:
-        length = known.get("length", entry.shape[-2])
-        call.produce(entry, Note(known.get("positions"), int(length), known.get("groups"), known.get("sinks")))
+    def _noted(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> torch.Tensor:
+        """What the cache is to hold for an entry that the graph returned: itself, or what stands in for one that tokens left."""
+        positions, length = known.get("positions"), int(known.get("length", entry.shape[-2]))
+        note = Note(positions, length, known.get("groups"), known.get("sinks"))
+        held = entry
+        if positions is not None:
+            note = replace(note, entry=(entry.shape[1], entry.shape[3], entry.dtype), kept=entry)
+            held = stand_in(note)
+        call.produce(held, note)
+        return held
 
 
 def _function_of(module: fx.GraphModule) -> Callable[..., Any]:

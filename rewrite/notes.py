@@ -1,9 +1,9 @@
 """What a KV cache does not say of itself: which of its tokens are left, and which group of keys each belongs to.
 
-A rewritten prefill returns cache entries that are shorter than the model's code expects, or whose tokens were sorted into groups. The
-model's own code, when it decodes, must see the shapes it would have seen; so before a call every short entry is replaced by a stand-in of
-the full length that takes no memory (one element, expanded), and the rewritten graph reads the real entry behind it. Notes belong to the
-object that holds the entry (a cache layer), so that reordering for beam search, which replaces the tensor, keeps them.
+A rewritten prefill returns cache entries of fewer tokens than the model's code expects, or whose tokens were sorted into groups. The
+model's own code must see the shapes it would have seen; so what the cache holds for a short entry stands in for it (`rewrite.states`), and
+the rewritten graph reads the real entry behind that. Notes belong to the object that holds the entry (a cache layer), so that reordering
+for beam search, which replaces the tensor, keeps them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ _DEPTH = 6
 
 @dataclass(frozen=True)
 class Note:
-    """What is known of one cache entry [B, H, K, D].
+    """What is known of one cache entry.
 
     positions: [B, K] place that each token had in the full sequence, or None where none left. length: the full sequence's length.
+    kept: [B, H, K, D], the entry itself where tokens left, None where the cache holds it.
     groups: [B, n] group of each of the first n tokens (later ones were generated: text, group 0), or None.
     sinks: [B, H, n] likewise, one where a token draws attention in a head, or None.
-    state: [B, Hs, F, V] what stands for the keys and values (`rewrite.states`), seen: [B, length] which keys it holds, entry: heads, width
-    and dtype that the model's code expects; None where the entry is there.
+    state: [B, Hs, F, V] what stands for the keys and values, seen: [B, length] which keys it holds, or None.
+    entry: heads, width and dtype that the model's code expects, where the cache holds a stand-in.
     """
 
     positions: torch.Tensor | None
@@ -39,6 +40,19 @@ class Note:
     state: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     entry: tuple[int, int, torch.dtype] | None = None
+    kept: torch.Tensor | None = None
+
+    @property
+    def replaced(self) -> bool:
+        """Whether the cache holds a stand-in for the entry."""
+        return self.kept is not None or self.state is not None
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """What is kept instead of the entry."""
+        stored = self.kept if self.kept is not None else self.state
+        assert stored is not None
+        return stored
 
 
 @dataclass(eq=False)
@@ -120,16 +134,15 @@ class CacheNotes:
     def read(self, slot: Slot) -> Note | None:
         """The note of a cache entry; raises `ModelCallError` where the entry is no longer the one that was noted."""
         note = self.of(slot)
-        if note is None or note.state is not None or slot.tensor.ndim != 4:
+        if note is None or note.replaced or slot.tensor.ndim != 4:
             return None
         batch, _, entries, _ = slot.tensor.shape
-        expected = note.length if note.positions is None else note.positions.shape[1]
-        rows = [tensor.shape[0] for tensor in (note.positions, note.groups, note.sinks) if tensor is not None]
+        rows = [tensor.shape[0] for tensor in (note.groups, note.sinks) if tensor is not None]
         if entries == 0:
             return None
-        if entries != expected or any(count not in (1, batch) for count in rows):
+        if entries != note.length or any(count not in (1, batch) for count in rows):
             raise ModelCallError(
-                f"a KV cache entry holds {entries} tokens of {batch} sequences, but the rewritten model left {expected} tokens of "
+                f"a KV cache entry holds {entries} tokens of {batch} sequences, but the rewritten model left {note.length} tokens of "
                 f"{max(rows, default=batch)} in it; it was cropped, extended or its batch changed outside the model, which cannot be "
                 "followed: start again from the prompt with a new cache"
             )
@@ -140,12 +153,6 @@ class CacheNotes:
 
     def __reduce__(self) -> tuple[type[CacheNotes], tuple[()]]:
         return CacheNotes, ()
-
-
-def stand_in(entry: torch.Tensor, length: int) -> torch.Tensor:
-    """A tensor shaped like the full entry that holds one element."""
-    batch, heads, _, width = entry.shape
-    return entry.new_zeros(1, 1, 1, 1).expand(batch, heads, length, width)
 
 
 def storage_of(tensor: torch.Tensor) -> int:

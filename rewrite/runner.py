@@ -24,9 +24,9 @@ from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import ModelCallError, RewriteError
 from rewrite.lower.program import Allowed
 from rewrite.names import Names
-from rewrite.notes import CacheNotes, Note, Slot, slots, stand_in, storage_of
+from rewrite.notes import CacheNotes, Note, Slot, slots, storage_of
 from rewrite.observers import observers_aside
-from rewrite.states import followed, is_state_entry, whole_entry
+from rewrite.states import Followed, is_stand_in, whole_entry
 from rewrite.watch import MergeWatch
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class RunningCall:
 
     def produce(self, value: torch.Tensor, note: Note) -> None:
         self.produced.append((value, note))
-        if note.state is not None:
-            self.stand_ins[storage_of(value)] = (value, note)
+        if note.replaced:
+            self.stand_ins[storage_of(value)] = (value if note.kept is None else note.kept, note)
 
     def carried(self, value: torch.Tensor) -> Carried | None:
         return self.handover.read(value)
@@ -213,25 +213,21 @@ def _own_function(module: nn.Module, method: str | None) -> Callable[..., Any]:
 
 def _put_stand_ins(notes: CacheNotes, call: RunningCall, arguments: Any) -> Iterator[tuple[Slot, torch.Tensor]]:
     """Replace noted cache entries in the arguments; yields what was put where."""
+    followed = Followed()
     for slot in list(slots(arguments)):
-        if is_state_entry(slot.tensor):
+        if is_stand_in(slot.tensor):
             if slot.put is None:
-                raise ModelCallError("a KV cache whose keys a state stands for came in a tuple; pass the object that holds it")
+                raise ModelCallError("a KV cache that was left short, or whose keys a state stands for, came in a tuple; pass the object")
             known = followed(slot.tensor, notes.of(slot))
             put = whole_entry(known)
-            call.stand_ins[storage_of(put)] = (put, known)
+            call.stand_ins[storage_of(put)] = (put if known.kept is None else known.kept, known)
             slot.put(put)
             yield slot, put
             continue
         note = notes.read(slot)
-        if note is None or slot.put is None:
-            continue
-        # An entry from which no token left is itself its stand-in, so that the model's code reads it as before.
-        put = slot.tensor if note.positions is None else stand_in(slot.tensor, note.length)
-        call.stand_ins[storage_of(put)] = (slot.tensor, note)
-        if put is not slot.tensor:
-            slot.put(put)
-            yield slot, put
+        if note is not None and slot.put is not None:
+            # An entry from which no token left is itself its stand-in, so that the model's code reads it as before.
+            call.stand_ins[storage_of(slot.tensor)] = (slot.tensor, note)
 
 
 def _take_back(slot: Slot, put: torch.Tensor) -> None:

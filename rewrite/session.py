@@ -18,12 +18,12 @@ from rewrite.dry_run import call_original, copied, kind_of_call, untouched
 from rewrite.engine import Record
 from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
 from rewrite.ir.operations import Parameter
-from rewrite.ir.passes import CHANGES_NOTHING, Pass
-from rewrite.notes import CacheNotes, Slot, slots
+from rewrite.ir.passes import APART, CHANGES_NOTHING, Pass
+from rewrite.notes import CacheNotes, slots
 from rewrite.prediction import SLOWER, Gate, SlowerWarning, compared
 from rewrite.report import Report
 from rewrite.runner import ACTIVE, CAPTURE_ERRORS, Runner, RunningCall
-from rewrite.states import is_state_entry
+from rewrite.states import is_stand_in
 
 # The prefix of every state_dict key that a pass adds.
 ADDED = "rewrite_added"
@@ -48,6 +48,7 @@ class Session:
     gate: Gate | None = None
     gridded: set[str] = field(default_factory=set)
     scoring: set[str] = field(default_factory=set)
+    visual: set[str] = field(default_factory=set)
     embeddings: list[str] = field(default_factory=list)
     declined: list[tuple[str, str, str]] = field(default_factory=list)
     seen: set[Any] = field(default_factory=set)
@@ -103,7 +104,7 @@ class Session:
         self.warm_up(self.root, "", arguments, keywords)
         with untouched(self.root):
             self.report = Report(tuple(str(one) for one in self.passes))
-            self.gridded, self.scoring, self.declined = set(), set(), []
+            self.gridded, self.scoring, self.visual, self.declined = set(), set(), set(), []
             self._recording = True
             try:
                 self._capture(arguments, keywords)
@@ -128,7 +129,7 @@ class Session:
             frozenset((name, kind_of_call(value)) for name, value in keywords.items()),
         )
         # With caches that a rewritten call left short the model as it is cannot run; it has run before, or there would be none.
-        if kind in self.seen or any(self._is_short(slot) for slot in slots((arguments, keywords))):
+        if kind in self.seen or any(is_stand_in(slot.tensor) for slot in slots((arguments, keywords))):
             return
         with untouched(self.root):
             ACTIVE.call = RunningCall(self)
@@ -137,12 +138,6 @@ class Session:
             finally:
                 ACTIVE.call = None
         self.seen.add(kind)
-
-    def _is_short(self, slot: Slot) -> bool:
-        if is_state_entry(slot.tensor):
-            return True
-        note = self.notes.read(slot)
-        return note is not None and note.positions is not None
 
     def _capture(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Run the model rewritten, once; with other capture settings where Dynamo cannot trace it with ours."""
@@ -159,7 +154,7 @@ class Session:
     def _run_recorded(self, arguments: tuple[Any, ...], keywords: dict[str, Any], notes: Sequence[str] = ()) -> None:
         """Run the model rewritten and recorded; once more where a stack of layers turned out to be deeper than its first graph."""
         while True:
-            self.gridded, self.scoring, self.embeddings, self.declined = set(), set(), [], []
+            self.gridded, self.scoring, self.visual, self.embeddings, self.declined = set(), set(), set(), [], []
             self.report = Report(self.report.passes, notes=list(notes))
             depths = dict(self.depths)
             # What is compiled here is not kept: the ways in, installed afterwards, are part of what Dynamo guards.
@@ -178,6 +173,7 @@ class Session:
             self.embeddings += record.embeddings
             self.scoring |= record.program.towers()
             self.gridded |= {entry.site.name for entry in record.recognition.found if entry.site.layout.grid is not None}
+            self.visual |= {entry.site.name for entry in record.recognition.found if entry.site.layout.visual}
         else:
             self._check_kept(record)
         known = {kernel.path for kernel in self.kernels}
@@ -186,9 +182,9 @@ class Session:
     def _check_kept(self, record: Record) -> None:
         """A graph that is captured later must not quietly lose what the analysis promised for its sites.
 
-        A call without visual tokens has nothing to prune; anything else that is declined now is an error where visual tokens were seen in
-        an earlier graph of the call (the capture was cut between them and the layers), and a warning where the shapes of the call decide.
-        Where a pass has nothing to change in this call, nothing is lost.
+        A call without visual tokens has nothing to prune. It is an error where a site is no self-attention any more (its keys come out of a
+        cache that is written in place), or where there are visual tokens of which it knows nothing (the capture was cut between them and
+        the layers), and a warning where the shapes of the call decide. Where a pass has nothing to change in this call, nothing is lost.
         """
         promised = {site.qualified_name: site.passes for site in self.report.sites}
         found = [entry.site for entry in record.recognition.found]
@@ -205,10 +201,22 @@ class Session:
         for name, by, reason in record.program.declined:
             if by in promised.get(name, ()) and CHANGES_NOTHING not in reason:
                 lost.setdefault(f"{by}: {reason}", []).append(name)
-        blind = {site.name for site in record.program.sites if not site.layout.visual}
-        merged = ACTIVE.call is not None and ACTIVE.call.merged
+        kinds = {site.qualified_name: site.kind for site in self.report.sites}
+        moved = {site.name for site in found if kinds.get(site.name, site.kind) != site.kind}
+        blind = self.visual.intersection(site.name for site in record.program.sites if not site.layout.visual)
+        merged = record.merges or (ACTIVE.call is not None and ACTIVE.call.merged)
         for reason, names in lost.items():
             told = f"{', '.join(names)} runs without {reason}"
+            if moved.intersection(names):
+                raise ModelCallError(
+                    f"{told}; it was {kinds[names[0]]}-attention when the model was analysed. A KV cache of fixed length that the model "
+                    "writes into (a static cache) is not followed: use one that grows with the tokens, or rewrite without this pass"
+                )
+            if APART in reason and not blind.intersection(names):
+                raise ModelCallError(
+                    f"{told}; the model had both in one graph when it was analysed: call the model itself with its pictures, or use a pass "
+                    "that looks at the language model alone"
+                )
             if not blind.issuperset(names):
                 warnings.warn(f"in this call {told}", stacklevel=2)
             elif merged:

@@ -9,7 +9,8 @@ Bolya et al. 2023, "Token Merging: Your ViT But Faster". Between attention and M
     later     softmax(q k^T / sqrt(d) + log s): a key counts as often as the patches that it stands for
 
 CLS, and what stands beside it, is never merged. Where token-shaped results are read behind the last layer (dense heads), each place gets
-its merged token's value; the authors' model would return fewer tokens. Works without training.
+its merged token's value; the authors' model would return fewer tokens. Pooling over tokens, by a mean or an attention, counts each of them
+as often as the patches it stands for. Works without training.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ToMe(Pass):
     """`r` tokens are merged away at each of `layers`, at most half of those that are there.
 
     A stack without one of these layers is left alone, as is one whose attention is masked or biased by position: a merged token has none.
-    Models that pool over patches (a mean over tokens) or rotate keys by position are refused when they are rewritten.
+    Models that rotate keys by position are refused when they are rewritten.
     """
 
     name = "merge"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from passes.prune.choice import applied, at_layer, keeps_all, reason_against_entry, stacks
-from rewrite.ir import Count, Fits, Handed, Program, Received, Select, Site
+from rewrite.ir import APART, Count, Fits, Handed, Program, Received, Select, Site
 
 # What a pass makes of one vision tower: (program, the last site that patches went through, stack of the text) -> what stays, or why all do.
 OfPictures = Callable[[Program, Site, int], Select | str]
@@ -53,7 +53,7 @@ def _selections(program: Program, stack: int, by: str, choose: OfPictures | None
         return handed if entry.chosen == by else f"{entry.chosen} chose among its visual tokens where their vision tower ran"
     last = next((site for site in program.sites if site.name == entry.pictured), None)
     if last is None:
-        return "its visual tokens are not the patches of a vision tower in this graph, one by one and in order"
+        return f"its visual tokens are not the patches of a vision tower {APART}, one by one and in order"
     chosen = _chosen(program, last, stack, choose)
     return chosen if isinstance(chosen, str) else (chosen,)
 

@@ -61,7 +61,7 @@ from rewrite.ir.operations import (
     VisualGroups,
     WindowSum,
 )
-from rewrite.ir.passes import CHANGES_NOTHING, PHASES, AttentionInputs, Family, Fits, Pass, parameter
+from rewrite.ir.passes import APART, CHANGES_NOTHING, PHASES, AttentionInputs, Family, Fits, Pass, parameter
 from rewrite.ir.program import Program
 from rewrite.ir.registry import as_passes, available_passes, parse_pass, pass_class, register_pass
 from rewrite.ir.selection import (
@@ -84,6 +84,7 @@ from rewrite.ir.selection import (
 from rewrite.ir.site import Site, TokenLayout
 
 __all__ = [
+    "APART",
     "CHANGES_NOTHING",
     "INDICES",
     "NK",

@@ -23,6 +23,9 @@ Family = Literal["prune", "redistribute", "sparsify", "linearize"]
 # In the reason of a site that is left alone because the pass, as set, is the identity there; a pass list of such is no error.
 CHANGES_NOTHING = "changes nothing"
 
+# In the reason of a site that is left alone because what the pass reads is elsewhere: a call that the analysis saw whole came in parts.
+APART = "in this graph"
+
 # The order in which passes run, whatever order they are asked in: later families build on what earlier ones left.
 PHASES: tuple[frozenset[Family], ...] = (
     frozenset({"prune"}),
@@ -189,4 +192,4 @@ def parameter(default: Any, help_: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_})
 
 
-__all__ = ["PHASES", "AttentionInputs", "Family", "Fits", "Fitting", "Parameter", "Pass", "is_causal", "parameter"]
+__all__ = ["APART", "PHASES", "AttentionInputs", "Family", "Fits", "Fitting", "Parameter", "Pass", "is_causal", "parameter"]

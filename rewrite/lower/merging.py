@@ -61,7 +61,7 @@ def merge_tokens(
     positions = at.call(choose.composed_positions, (before.positions if before else None, stays, left.length, False))
     holders = at.call(merging.composed_holders, (before.holders if before else None, stays, merged, target))
     kept = at.call_method("size", (positions, 1))
-    selection = Selection(positions, left.length, kept, holders=holders)
+    selection = Selection(positions, left.length, kept, holders=holders, sized=one.proportional)
     counted = left.sizes or at.call(merging.ones_each, (current,))
     cut = at.call(merging.merged_tokens, (current, counted, stays, merged, target))
     after = at.call(merging.merged_sizes, (counted, stays, merged, target))

@@ -133,6 +133,13 @@ class Selections:
             stream = behind_attention(entry, stream)
         if stream is None:
             raise NotApplicableError(f"{entry.site.name}: the residual stream was not found there, so no token can leave ({one.by})")
+        later = (other for other in self._entries(one.stack) if other.site.layer >= first_layer(one) and other.stream is not None)
+        beside = next((other.site.name for other in later if other.stream is not None and other.stream < stream), None)
+        if beside is not None:
+            raise NotApplicableError(
+                f"{entry.site.name}: {beside} attends beside it to the same tokens, so that none can leave between the two ({one.by}); "
+                "choose the last of the layers that stand side by side"
+            )
         return entry, stream
 
     def _all(self, entry: Found, stream: fx.Node, one: TokenOperation) -> Left:
@@ -216,7 +223,8 @@ class Selections:
         self._cut[stream] = cut
         assert left.positions is not None
         self.seeds.pop(current, None)
-        self.seeds[cut] = {1: Selection(left.positions, left.length, left.kept, left.fused)}
+        prefix = entry.site.layout.prefix if isinstance(one, Select) and one.candidates == "patches" else 0
+        self.seeds[cut] = {1: Selection(left.positions, left.length, left.kept, left.fused, prefix=prefix)}
         self.kept[left.positions] = left.hints[0]
         return left
 

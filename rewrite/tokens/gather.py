@@ -75,6 +75,11 @@ def join_positions(positions: Sequence[Tensor | None], lengths: Sequence[int]) -
     return torch.cat(joined, 1)
 
 
+def positions_behind(positions: Tensor, start: int) -> Tensor:
+    """Positions [B, K - start] in the axis without its first `start` tokens, all of which are at the first places of `positions` [B, K]."""
+    return positions[:, start:] - start
+
+
 def flatten_positions(positions: Tensor, length: int) -> Tensor:
     """Positions [1, B * K] in the axis of length B * N that batch and tokens are merged to, from `positions` [B, K] of N = `length`."""
     starts = torch.arange(positions.shape[0], device=positions.device, dtype=positions.dtype) * length

@@ -14,7 +14,7 @@ from rewrite.ir.errors import NotApplicableError
 from rewrite.tokens import rules
 from rewrite.tokens.edits import combine, full_size, insert_call, insert_gather_call, insert_lift, insert_restore_call, set_argument
 from rewrite.tokens.flow import Flow, Group, Label, Operand
-from rewrite.tokens.gather import flatten_positions, join_positions
+from rewrite.tokens.gather import flatten_positions, join_positions, positions_behind
 from rewrite.tokens.placement import Placement, Selection, is_tensor, module_path, shape_of
 
 
@@ -37,6 +37,8 @@ class Operands:
         self.joined: dict[Any, Selection] = {}
         self.flat: dict[fx.Node, Selection] = {}  # by positions: the selection of batch and tokens merged
         self.folded: dict[fx.Node, tuple[Selection, Any, Any]] = {}  # by merged positions: the one it was, B, and N
+        self.behind: dict[tuple[fx.Node, int], Selection] = {}  # by positions and start: the selection without so many first tokens
+        self.ahead: dict[fx.Node, tuple[Selection, int]] = {}  # by positions of such a one: the whole selection, and the start
 
     def forget(self) -> None:
         """A tensor was written to: what was gathered from it, or restored, is another tensor now."""
@@ -106,6 +108,9 @@ class Operands:
                 lengths.append(full_size(operand.node, operand.node, axis, self.placements))
                 kepts.append(lengths[-1])
                 key.append(shape_of(operand.node)[axis])
+        whole = self._rejoined(flow, selected)
+        if whole is not None:
+            return whole
         made = next((selection.made for selection in selected.values() if selection.made), None)
         if made:
             refuse(flow.operands[0].node, f"other tokens are joined with ones of which some were {made}", _WITHOUT[made])
@@ -114,6 +119,51 @@ class Operands:
             length, kept = (combine(positions, operator.add, sizes) for sizes in (lengths, kepts))
             self.joined[tuple(key)] = Selection(positions, length, kept)
         return self.joined[tuple(key)]
+
+    def _rejoined(self, flow: Flow, selected: Mapping[Label, Selection]) -> Selection | None:
+        """The selection that a concatenation puts together again: the first tokens of an axis, and what is left of those behind them."""
+        assert flow.joined is not None
+        if len(flow.operands) != 2 or list(selected) != [flow.joined[0][1]]:
+            return None
+        first, mark = flow.operands[0], flow.joined[0][0]
+        whole, start = self.ahead.get(selected[flow.joined[0][1]].positions, (None, 0))
+        return whole if shape_of(first.node)[first.labels.index(mark)] == start else None
+
+    def sliced(self, operand: Operand, group: Group) -> tuple[bool, Selection | None]:
+        """Whether a slice cuts a selected axis where all tokens are left, and the selection of the slice, None where it has every token.
+
+        Rotary tables and heads leave out the tokens in front of a grid (CLS, registers), which are never dropped.
+        """
+        selected = self.placed(operand)[1]
+        selection = selected.get(group.ins[0])
+        if selection is None or group.span is None or selection.holders is not None or len(group.ins) != 1:
+            return False, None
+        start, stop = group.span
+        if stop is not None:
+            return 0 <= start <= stop <= selection.prefix, None
+        if not 0 < start <= selection.prefix:
+            return False, None
+        key = selection.positions, start
+        if key not in self.behind:
+            positions = insert_call(operand.node, positions_behind, (selection.positions, start))
+            length, kept = (combine(positions, operator.add, [size, -start]) for size in (selection.length, selection.kept))
+            self.behind[key] = Selection(positions, length, kept, selection.fused, prefix=selection.prefix - start)
+            self.ahead[positions] = selection, start
+        return True, self.behind[key]
+
+    def split_off(self, node: fx.Node) -> bool:
+        """Make slices of a split that takes the first tokens of a selected axis, all left, from those behind them; whether it is one."""
+        source, sizes = node.args[0], rules.argument(node, 1, "split_size", "split_size_or_sections", "split_sizes")
+        if not isinstance(source, fx.Node) or not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or not isinstance(sizes[0], int):
+            return False
+        axis = rules.argument(node, 2, "dim", default=0) % len(shape_of(source))
+        selection = self.placements.get(source, Placement()).axes.get(axis)
+        if selection is None or not 0 < sizes[0] <= selection.prefix or any(rules.name_of(user) != "getitem" for user in node.users):
+            return False
+        for user in list(node.users):
+            part = slice(0, sizes[0]) if user.args[1] == 0 else slice(sizes[0], None)
+            user.args = (source, (*[slice(None)] * axis, part))
+        return True
 
     def refold(self, node: fx.Node, flow: Flow, operand: Operand, group: Group) -> tuple[Label, Selection, Label | None] | None:
         """The selection where batch and tokens are merged to one axis, or split again: its axis, itself, and the batch; else None.

@@ -19,7 +19,8 @@ from torch import fx
 class Selection:
     """The tokens of one axis that are left.
 
-    holders: where tokens were merged, int64 [B, length]: which of the tokens that are left each one of the axis went into.
+    holders: where tokens were merged, int64 [B, length]: which of the tokens that are left each one of the axis went into. sized: attention
+    counts a merged token as often as the tokens that it stands for. prefix: so many first tokens of the axis are all left, in their places.
 
     Two selections are the same where their `positions` are the same node.
     """
@@ -29,6 +30,8 @@ class Selection:
     kept: int | fx.Node  # K
     fused: bool = False  # some positions are `length`: tokens that were made of several, and are none of the axis
     holders: fx.Node | None = None
+    sized: bool = False
+    prefix: int = 0
 
     @property
     def made(self) -> str | None:

@@ -5,7 +5,8 @@ have every token are gathered, sizes written out are replaced, and the result ha
 is sliced, indexed or merged with another, and at the outputs, the tensor is restored first: zeros, with the kept tokens in place.
 
 The result equals the original model in which the dropped tokens are masked out of every attention downstream, at the kept positions.
-What would make it differ (a mean over tokens, a convolution, an operator without a rule) is an error that names the place.
+What would make it differ (a mean over tokens, a convolution, an operator without a rule) is an error that names the place. Merged tokens
+are restored as copies of what they went into, and what computes over these counts each as often as it should.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from rewrite.ir.operations import Attend
+from rewrite.ir.selection import LOG_SIZE
 from rewrite.tokens import rules
 from rewrite.tokens.edits import (
     answer_size_query,
@@ -116,7 +119,7 @@ class _Surgery:
     def visit(self, node: fx.Node) -> None:
         """One operator with a selected or restored operand: edit it, and place its result."""
         name = rules.name_of(node)
-        if name in rules.CHOICES:
+        if name in rules.CHOICES or (name in {"split", "split_with_sizes"} and self.operands.split_off(node)):
             return
         if name in rules.SIZES or (name == "getattr" and node.args[1] == "shape"):
             if self.placements.get(node.all_input_nodes[0], Placement()).axes and node.users:
@@ -133,7 +136,7 @@ class _Surgery:
         if flow is None:
             advice = "make the selection after it, or add a rule for it to rewrite/tokens"
             refuse(node, "it reads selected tokens, and how its axes flow is not known", advice)
-        if self.cuts(node, flow):
+        if self.cuts(node, flow) or self.counts(node, flow):
             for source in node.all_input_nodes:
                 self.operands.restore(node, source)
             flow = axis_flow(node)
@@ -147,7 +150,7 @@ class _Surgery:
         for operand in flow.operands:
             place, selected, _, batch = self.operands.placed(operand)
             for group in flow.groups:
-                if self.operands.refold(node, flow, operand, group) is not None:
+                if self.operands.refold(node, flow, operand, group) is not None or self.operands.sliced(operand, group)[0]:
                     continue
                 joins = set(group.ins) == set(marks) and not every_restored.intersection(marks)
                 if selected.keys() & set(group.ins) and not joins:
@@ -155,6 +158,20 @@ class _Surgery:
                 if batch is not None and batch in group.ins and _regrouped(node, flow, operand, place, group) is None:
                     return True
         return False
+
+    def counts(self, node: fx.Node, flow: Flow) -> bool:
+        """Whether the operator computes over merged tokens without their sizes: it is given every token's copy, so that each counts once.
+
+        Attention that is not to count merged tokens by their size (`Selection.sized`) takes them as they are.
+        """
+        weighed = flow.normalised | flow.contracted
+        counted = any(label in flow.reduced or (sized and label in weighed) for label, sized in self.merged(flow))
+        return counted and not _reads_sizes(node)
+
+    def merged(self, flow: Flow) -> list[tuple[Label, bool]]:
+        """The axes of the operands on which tokens were merged, and whether these count by their size."""
+        own = [(label, selection) for operand in flow.operands for label, selection in self.operands.placed(operand)[1].items()]
+        return [(label, selection.sized) for label, selection in own if selection.holders is not None]
 
     def push(self, node: fx.Node, name: str, flow: Flow) -> None:
         selected: dict[Label, Selection] = {}
@@ -187,6 +204,10 @@ class _Surgery:
         for group in flow.groups:
             if restored.intersection(group.ins):
                 zeros.update(group.outs)
+            sliced = next((part for operand in flow.operands for cut, part in [self.operands.sliced(operand, group)] if cut), None)
+            if sliced is not None:
+                out[group.outs[0]] = sliced
+                continue
             refolded = [self.operands.refold(node, flow, operand, group) for operand in flow.operands]
             if refolded and refolded[0] is not None:
                 label, out[label], batch = refolded[0]
@@ -231,6 +252,10 @@ class _Surgery:
                 else:
                     (short[value],) = place.axes.values()
         return short
+
+
+def _reads_sizes(node: fx.Node) -> bool:
+    return rules.name_of(node) == "attend" and LOG_SIZE in Attend.from_json(str(node.args[-1])).tensors()
 
 
 def _regrouped(node: fx.Node, flow: Flow, operand: Operand, place: Placement, group: Group) -> tuple[Label, int] | None:

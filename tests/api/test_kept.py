@@ -31,9 +31,11 @@ def later(reason: str) -> tuple[Session, SimpleNamespace]:
     )
     session = Session(nn.Identity(), (), "eager")
     session.report = Report((PASS,))
-    session.report.sites.append(SimpleNamespace(qualified_name=NAME, passes=(PASS,)))  # type: ignore[arg-type]
+    session.report.sites.append(SimpleNamespace(qualified_name=NAME, passes=(PASS,), kind="self"))  # type: ignore[arg-type]
     recognition = SimpleNamespace(found=[SimpleNamespace(site=site)])
-    return session, SimpleNamespace(program=Program((site,)).with_declined(site, PASS, reason), misses=[], recognition=recognition)
+    return session, SimpleNamespace(
+        program=Program((site,)).with_declined(site, PASS, reason), misses=[], merges=False, recognition=recognition
+    )
 
 
 def test_what_is_declined_is_said() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from rewrite import NotApplicableError, RewriteError, explain, kept_tokens, parse_pass, rewrite
+from rewrite import NotApplicableError, RewriteError, cached_tokens, explain, kept_tokens, parse_pass, rewrite
 from tests.models.architectures import IMAGE_TOKEN, IMPLEMENTATIONS, llava, llava_inputs, rewritten, same_gradients
 from tests.models.oracles import attention_replaced_by, by_reference, visual_masked_from
 from tests.models.test_passes_on_models import recognised_sites
@@ -34,10 +34,10 @@ def test_exit_in_forward(implementation: str) -> None:
     assert (actual.logits - expected.logits)[real].abs().max() <= 1e3 * torch.finfo(torch.float32).eps * scale
     assert actual.logits.shape == expected.logits.shape
     assert torch.count_nonzero(actual.logits[visual]) == 0
-    lengths = [layer.keys.shape[-2] for layer in actual.past_key_values.layers]
     tokens, left = visual.shape[1], visual.shape[1] - int(visual[0].sum())
-    assert lengths == [tokens] * EXIT + [left] * (len(lengths) - EXIT)
-    assert [layer.values.shape[-2] for layer in actual.past_key_values.layers] == lengths
+    assert cached_tokens(actual.past_key_values) == [tokens] * EXIT + [left] * 2
+    # What the model's code, and the user's, asks for is the full length.
+    assert all(layer.get_seq_length() == tokens for layer in actual.past_key_values.layers)
     for index, (got, wanted) in enumerate(zip(actual.hidden_states, expected.hidden_states, strict=True)):
         assert got.shape == wanted.shape
         assert (torch.count_nonzero(got[visual]) == 0) == (index > EXIT)

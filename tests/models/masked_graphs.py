@@ -1,0 +1,170 @@
+"""The original model with tokens masked or merged, whatever its code looks like: its captured graphs, run node by node.
+
+The attention of one stack of layers is computed from its IR with the dropped tokens masked; everything else is the model's own operators.
+Where tokens merge, every one of them goes on holding the merged value: attention then counts it as often as it stands for tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+import torch
+from torch import fx, nn
+
+from rewrite import Site
+from rewrite.compiled import WHOLE_GRAPHS
+from rewrite.engine import copy_graph
+from rewrite.ir.expression import B, J, read
+from rewrite.ir.semantics import attention_weights
+from rewrite.lower.residual import behind_attention
+from rewrite.recognise.region import viewed
+from rewrite.recognise.sites import Found, recognise
+from rewrite.runner import CAPTURE_ERRORS
+from tests.models.oracles import Rule, best
+
+ALIVE = "alive"
+
+
+@dataclass
+class Masked:
+    """A Dynamo backend. of: whether a site is in the stack. before, behind: see `Survivors`; layers count from 0 over the whole call.
+
+    merges: by layer, how many tokens its keys merge away, of which the first `prefix` stay. weights: of every attention, by name.
+    """
+
+    of: Callable[[Site], bool]
+    before: dict[int, Rule] = field(default_factory=dict)
+    behind: dict[int, Rule] = field(default_factory=dict)
+    merges: dict[int, int] = field(default_factory=dict)
+    prefix: int = 0
+    alive: torch.Tensor | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    layer: int = -1
+    groups: list[list[list[int]]] | None = None
+
+    def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """The model's result, captured as `rewrite()` captures it."""
+        torch._dynamo.reset()
+        with torch.no_grad():
+            model(**inputs)  # what a model sets up at its first call would cut the capture
+            for settings in (WHOLE_GRAPHS, {}):
+                self.alive, self.groups, self.layer = None, None, -1
+                self.weights.clear()
+                try:
+                    with torch._dynamo.config.patch(settings):
+                        return torch.compile(model, backend=self)(**inputs)
+                except CAPTURE_ERRORS:
+                    if not settings:
+                        raise
+                torch._dynamo.reset()
+        return None
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        own = copy_graph(module)
+        given = [node for node in own.graph.nodes if node.op == "placeholder"]
+        found = recognise(own.graph, dict(zip(given, inputs, strict=True))).found
+        own.recompile()
+        return lambda *values: _Run(own, found, self).run(*values)
+
+    def attended(self, entry: Found, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """What an attention of the stack gives, [B, H, Nq, Dv]; None where the model's own result stands."""
+        attend = entry.site.attend
+        if not self.of(entry.site):
+            self.weights[entry.site.name] = attention_weights(attend, dict(values))
+            return None
+        self.layer += 1
+        batch, tokens = values["key"].shape[0], values["key"].shape[2]
+        if self.alive is None:
+            self.alive = torch.ones(batch, tokens, dtype=torch.bool)
+        seen = replace(attend, mask=sympy.And(attend.mask, sympy.Ne(read(ALIVE, B, J), 0)))
+        weights = attention_weights(seen, {**values, ALIVE: self.alive.float()})
+        if self.layer in self.before:
+            self.alive = self.before[self.layer](weights, self.alive)
+            weights = attention_weights(seen, {**values, ALIVE: self.alive.float()})
+        if self.layer in self.behind:
+            self.alive = self.behind[self.layer](weights, self.alive)
+        return weights @ values["value"].repeat_interleave(weights.shape[1] // values["value"].shape[1], dim=1)
+
+    def merged(self, stream: torch.Tensor, key: torch.Tensor, count: int) -> torch.Tensor:
+        """Every token of [B, N, C] that merges with others holds their mean afterwards; `key` [B, H, N, D] says which are alike."""
+        if self.groups is None:
+            self.groups = [[[place] for place in range(stream.shape[1])] for _ in stream]
+        result = stream.clone()
+        for row, groups in enumerate(self.groups):
+            metric = nn.functional.normalize(key[row].mean(0), dim=-1)
+            alike = metric @ metric.T
+            pairs = []
+            for even in range(0, len(groups), 2):
+                odds = [odd for odd in range(1, len(groups), 2) if odd >= self.prefix]
+                if even >= self.prefix:
+                    pairs.append((*max((float(alike[groups[even][0], groups[odd][0]]), -odd) for odd in odds), even))
+            pairs = sorted(pairs, key=lambda pair: (-pair[0], pair[2]))[: min(count, (len(groups) - self.prefix) // 2)]
+            into = {even: -odd for _, odd, even in pairs}
+            for even, odd in into.items():
+                groups[odd] = groups[odd] + groups[even]
+            self.groups[row] = [g for place, g in enumerate(groups) if place % 2 == 0 and place not in into] + groups[1::2]
+            for group in self.groups[row]:
+                result[row, group] = stream[row, group].mean(0)
+        return result
+
+
+class _Run(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule, found: list[Found], masked: Masked) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.masked = masked
+        self.sites = {entry.region.output: entry for entry in found}
+        self.residuals: dict[fx.Node, tuple[Found, int]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        entry = self.sites.get(n)
+        if entry is not None:
+            region = entry.region
+            values = {name: operand.layout.apply(self.env[operand.node]) for name, operand in region.operands().items()}
+            made = self.masked.attended(entry, values)
+            if made is not None:
+                if self.masked.layer in self.masked.merges and entry.stream is not None:
+                    residual = behind_attention(entry, entry.stream)
+                    if residual is not None:
+                        self.residuals[residual] = (entry, self.masked.layer)
+                permuted = made.permute(region.output_order)
+                result = permuted if region.output_shape is None else viewed(permuted, region.output_shape)
+        if n in self.residuals:
+            entry, layer = self.residuals[n]
+            key = entry.region.key.layout.apply(self.env[entry.region.key.node])
+            result = self.masked.merged(result, key, self.masked.merges[layer])
+        return result
+
+
+def last_query(visual: torch.Tensor, count: int) -> Rule:
+    """FastV's and PyramidDrop's rule."""
+    return lambda weights, alive: (alive & ~visual) | best(weights[:, :, -1].mean(1), alive & visual, count)
+
+
+def by_tower(masked: Masked, name: str, prefix: int, visual: torch.Tensor, keep: float) -> Rule:
+    """FasterVLM's rule: the CLS row of one attention of the vision tower chooses patches of every picture."""
+
+    def rule(own: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        weights = next(found for path, found in masked.weights.items() if name.endswith(path))  # behind a break paths are shorter
+        score = weights[:, :, 0, prefix:].mean(1)
+        chosen = best(score, torch.ones_like(score, dtype=torch.bool), math.floor(keep * score.shape[1] + 0.5))
+        return alive & ~torch.zeros_like(visual).masked_scatter(visual, ~chosen)
+
+    return rule
+
+
+def cls_row(keep: float, prefix: int) -> Rule:
+    """EViT's rule without fusing."""
+
+    def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        patches = alive.clone()
+        patches[:, :prefix] = False
+        left = best(weights[:, :, 0].mean(1), patches, math.ceil(keep * int(patches[0].sum())))
+        left[:, :prefix] = True
+        return left
+
+    return rule

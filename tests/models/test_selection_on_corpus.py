@@ -1,0 +1,121 @@
+"""Selecting passes on models of the corpus: the result is the original's with the tokens masked (or merged), or the refusal says why not.
+
+`make test` runs a few different cases; REWRITE_CORPUS=all every pass on every model that has visual tokens, or patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from rewrite import NotApplicableError, Report, rewrite
+from rewrite.ir.errors import NoAttentionError
+from tests.models.corpus.cases import BY_NAME, ENTRIES, EVERYTHING
+from tests.models.corpus.entry import Entry
+from tests.models.corpus.survey import survey
+from tests.models.corpus.training import tensors
+from tests.models.corpus.transformers_parts import PICTURE
+from tests.models.masked_graphs import Masked, by_tower, cls_row, last_query
+
+EPSILON = torch.finfo(torch.float32).eps
+
+# Of prompts, and of patches; the corpus's models have two layers.
+VISUAL = {"fastv": "fastv(layer=1)", "pyramid": "pyramid(layers=(1,))", "cls_prune": "cls_prune(keep=0.5)"}
+PATCHES = {"evit": "evit(keep=0.6, layers=(0,), fuse=False)", "merge": "merge(r=3, layers=(0,))"}
+
+# name -> passes: rotary tables behind a prefix; a pooling attention behind the layers.
+CORE = {"dinov3-vit": ("evit",), "vit_base_patch16_siglip_224": ("merge",)}
+
+# (name, pass) -> what the refusal says.
+REFUSED = {("swin_tiny_patch4_window7_224", "merge"): "windows", ("vit_small_patch16_18x2_224", "merge"): "attends beside it"}
+
+
+def fitting(entry: Entry) -> tuple[str, ...]:
+    """The passes whose tokens a model has."""
+    visual = "input_ids" in entry.inputs(2) and any(group.visual for group in entry.sites)
+    return (*(VISUAL if visual else ()), *(PATCHES if any(group.grid and not group.window for group in entry.sites) else ()))
+
+
+def chosen() -> list[tuple[str, str]]:
+    table = {entry.name: fitting(entry) for entry in ENTRIES if entry.truth} if EVERYTHING else CORE
+    return [(name, one) for name, passes in table.items() for one in passes]
+
+
+@dataclass
+class Tower:
+    """The attention of a vision tower that visual tokens went through last, by name, and the tokens in front of its patches."""
+
+    name: str
+    prefix: int
+
+
+def tower_of(entry: Entry) -> Tower:
+    sites = {site.name: site for site in survey(entry, entry.implementations[0], 2).sites}
+    name = next(site.pictured for site in sites.values() if site.pictured)
+    return Tower(name, sites[name].layout.prefix)
+
+
+def masked(entry: Entry, one: str, report: Report, inputs: dict[str, Any]) -> tuple[Masked, torch.Tensor | None]:
+    """The oracle, and which rows of the results are no padding."""
+    if one in PATCHES:
+        layout = next(site for site in report.sites if site.passes)
+        prefix = int(layout.token_layout.split(" prefix")[0]) if " prefix" in layout.token_layout else 0
+        oracle = Masked(lambda s: s.kind == "self" and s.layout.grid is not None and s.layout.window is None, prefix=prefix)
+        if one == "evit":
+            oracle.behind[0] = cls_row(0.6, prefix)
+        else:
+            oracle.merges[0] = 3
+        return oracle, None
+    visual = inputs["input_ids"] == PICTURE
+    count, length = int(visual[0].sum()), visual.shape[1]
+    oracle = Masked(lambda s: s.kind == "self" and s.dims["Nq"] == s.dims["Nk"] == length)
+    if one == "fastv":
+        oracle.behind[0] = last_query(visual, round(count / 2))
+    elif one == "pyramid":
+        oracle.before[1] = last_query(visual, round(count / 2))
+    else:
+        tower = tower_of(entry)
+        oracle.before[0] = by_tower(oracle, tower.name, tower.prefix, visual, 0.5)
+    return oracle, inputs["attention_mask"].bool()
+
+
+@pytest.mark.parametrize(("name", "one"), chosen())
+def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: str) -> None:
+    entry, text = BY_NAME[name], {**VISUAL, **PATCHES}[one]
+    inputs, implementation = dict(entry.inputs(2)), entry.implementations[0]
+    try:
+        with torch.no_grad():
+            changed = rewrite(entry.build(implementation), [text], example_inputs=inputs)
+    except (NotApplicableError, NoAttentionError) as refusal:
+        if not EVERYTHING:
+            raise
+        pytest.skip(str(refusal))
+    with torch.no_grad():
+        actual = list(tensors(changed(**inputs)))
+    oracle, real = masked(entry, one, changed.rewrite_report, inputs)
+    expected = list(tensors(oracle.run(entry.build(implementation), inputs)))
+    alive = oracle.alive
+    assert alive is not None
+    assert oracle.groups if oracle.merges else not alive.all(), "no token left"
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.shape == wanted.shape
+        left = torch.ones_like(wanted, dtype=torch.bool)
+        for count in (alive.shape[1], alive.shape[1] - oracle.prefix):
+            if wanted.shape[:2] == (len(alive), count):
+                left[~alive[:, -count:]] = False
+            if wanted.ndim == 4 and wanted.shape[2] * wanted.shape[3] == count and not oracle.merges:
+                left &= alive[:, None, -count:].reshape(len(alive), 1, *wanted.shape[2:])
+        if real is not None and wanted.shape[:2] == real.shape:
+            left[~real] = False
+        error = (got - wanted)[left].abs().max()
+        assert error <= 2e3 * EPSILON * wanted[left].abs().max(), f"{error:.3g}"
+
+
+@pytest.mark.parametrize(("name", "one"), REFUSED)
+def test_a_refusal_says_why(name: str, one: str) -> None:
+    entry = BY_NAME[name]
+    with pytest.raises(NotApplicableError, match=REFUSED[name, one]), torch.no_grad():
+        rewrite(entry.build(entry.implementations[0]), [{**VISUAL, **PATCHES}[one]], example_inputs=dict(entry.inputs(2)))
