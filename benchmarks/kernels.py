@@ -27,9 +27,9 @@ import attention_forms as forms
 
 from codegen import TARGETS as CAPABILITIES
 from codegen import CompiledKernel, emit, emit_backward, has_triton_backward
-from codegen.backward_block import is_crowded
+from codegen.backward_block import crowding
 from codegen.kernel_reads import gathers
-from codegen.received_kernel import exchanged
+from codegen.received_kernel import LSE, WIDTH, exchanged
 from codegen.tiles import Tile, backward_tiles, tile_for
 from rewrite.ir import Attend
 from rewrite.ir.statistic import Statistic
@@ -80,14 +80,16 @@ def walk_of(compiled: CompiledKernel) -> int:
 
 def kernels(attend: Attend, head_dim: int, target: str) -> Iterator[tuple[str, CompiledKernel, Tile]]:
     """(which, compiled, its tile) of the forward, and of both backward kernels where there are any."""
+    # The statistic's kernel has a column of signs for values, and the attention's own log-sum-exp, which is float32.
+    value_dim, types = (WIDTH, {LSE: torch.float32}) if attend == VARIANTS[STATISTIC] else (head_dim, {})
     yield (
         "forward",
-        emit(attend).compile(target, torch.bfloat16, head_dim),
-        tile_for(head_dim, head_dim, 2, CAPABILITIES[target], gathers=gathers(attend)),
+        emit(attend).compile(target, torch.bfloat16, head_dim, value_dim, types),
+        tile_for(head_dim, value_dim, 2, CAPABILITIES[target], gathers=gathers(attend)),
     )
     # A statistic's gradients are torch operators: the backward of its exchanged attention is never called.
     if attend != VARIANTS[STATISTIC] and has_triton_backward(attend) is None:
-        tiles = backward_tiles(head_dim, head_dim, 2, is_crowded(attend), CAPABILITIES[target])
+        tiles = backward_tiles(head_dim, head_dim, 2, crowding(attend), CAPABILITIES[target])
         for owner, compiled in emit_backward(attend).compile(target, torch.bfloat16, head_dim).items():
             yield f"backward, {owner}", compiled, getattr(tiles, owner)
 

@@ -28,10 +28,11 @@ from codegen.base_two import LOG2_E
 from codegen.kernel_reads import KernelReads, Owner
 from codegen.tensor_reads import derivative
 from codegen.tile_masks import split_tiles
+from codegen.tiles import Crowding
 from codegen.triton_printer import triton_text
 from codegen.weight_form import weight_factor
 from rewrite.ir.errors import RewriteError
-from rewrite.ir.expression import QK, I, Indices, J, W, conjuncts, letters
+from rewrite.ir.expression import QK, I, Indices, J, W, conjuncts, letters, tensors_in
 from rewrite.ir.operations import Attend, Normaliser
 
 _ROW_FACTS: Mapping[Normaliser, tuple[str, ...]] = {"softmax": ("delta",), "sum": ("delta", "share"), "none": ()}
@@ -47,10 +48,17 @@ def read_of(name: str, indices: Indices) -> sympy.Indexed:
     return sympy.Indexed(sympy.IndexedBase(name, real=True), *indices)
 
 
-def is_crowded(attend: Attend) -> bool:
-    """Whether a tile has more to hold than its scores: tensors read by pair, groups. What `codegen.tiles.backward_tiles` asks for."""
-    by_pair = ({I, J} <= set().union(*(index.free_symbols for index in indices)) for indices in attend.tensors().values() if indices)
-    return attend.groups is not None or any(by_pair)
+def crowding(attend: Attend) -> Crowding:
+    """Where a tile has more to hold than its scores: what `codegen.tiles.backward_tiles` asks for.
+
+    Of both kernels: tensors read by pair, groups. Of the one that owns queries: scores that are weights without a normaliser, and a mask
+    that reads tensors of queries and of keys.
+    """
+    read = {name: set[sympy.Basic]().union(*(index.free_symbols for index in places)) for name, places in attend.tensors().items()}
+    if attend.groups is not None or any({I, J} <= symbols for symbols in read.values()):
+        return "both"
+    masking = set[sympy.Basic]().union(*(read[name] for name in tensors_in(attend.mask)))
+    return "queries" if attend.normaliser == "none" or {I, J} <= masking else "none"
 
 
 def reached(attend: Attend, name: str) -> bool:

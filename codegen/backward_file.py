@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from codegen.backward_block import BackwardBlock, is_crowded, reached, reason_against_gradient
+from codegen.backward_block import BackwardBlock, crowding, reached, reason_against_gradient
 from codegen.backward_keys import KeysKernel
 from codegen.backward_queries import QueriesKernel
 from codegen.backward_text import indented
@@ -149,7 +149,7 @@ def _launch(queries: QueriesKernel, keys: KeysKernel) -> list[str]:
         "    check_gradients(out, d_out, (d_query, d_key, d_value))",
         "    (B, H, Nq, D), Nk, DV = query.shape, key.shape[2], value.shape[3]",
         *([f"    {', '.join(ids.values())}{',' if len(ids) == 1 else ''} = tensors"] if ids else []),
-        f"    tiles = tiles or backward_tiles(D, DV, query.element_size(), {is_crowded(attend)}, capability(query.device))",
+        f"    tiles = tiles or backward_tiles(D, DV, query.element_size(), {crowding(attend)!r}, capability(query.device))",
         *(["    lse, d_lse = lse.contiguous(), d_lse.contiguous()"] if attend.normaliser != "none" else []),
         f"    sums = GradientSums((query, key, value), tensors, READ_AT, wanted, visits_all={not queries.listed})",
         *(f"    row_{fact} = torch.empty(B, H, Nq, dtype=torch.float32, device=query.device)" for fact in queries.row_facts),

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from codegen.backward_block import BackwardBlock, is_crowded, row_facts, way_of
+from codegen.backward_block import BackwardBlock, crowding, row_facts, way_of
 from codegen.kernel_reads import Owner, axis_names, gathers
 from codegen.launching import dot_precision
 from codegen.names import identifiers
@@ -123,7 +123,7 @@ def compile_backward(
 ) -> dict[Owner, CompiledKernel]:
     """Compile both backward kernels of an emitted module; see `codegen.backward_kernel.BackwardKernel.compile`. only: one of the two."""
     _require(dtype)
-    tiles = tiles or backward_tiles(head_dim, value_dim, dtype.itemsize, is_crowded(attend), capability)
+    tiles = tiles or backward_tiles(head_dim, value_dim, dtype.itemsize, crowding(attend), capability)
     types = dict.fromkeys(("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value"), dtype)
     types |= dict.fromkeys(("lse", "d_lse", *(f"row_{fact}" for fact in row_facts(attend))), torch.float32)
     found: dict[Owner, CompiledKernel] = {}

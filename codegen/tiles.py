@@ -10,9 +10,11 @@ instructions for a pair. What each row uses was read off the kernels compiled fo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 from rewrite.ir.errors import RewriteError
+
+Crowding = Literal["none", "queries", "both"]
 
 Row = TypeVar("Row")
 Table = TypeVar("Table")
@@ -93,6 +95,9 @@ _HALF_BACKWARD_CROWDED: dict[int, dict[int, BackwardTiles]] = {
     },
 }
 
+# Keys per tile where only the kernel that owns queries is crowded: with 64, a mask of packed sequences or a sigmoid spills 8 bytes.
+FEWER_KEYS = 32
+
 _SINGLE_BACKWARD: dict[int, BackwardTiles] = {
     64: BackwardTiles(Tile(16, 32, 8, 2), Tile(32, 16, 8, 2)),
     128: BackwardTiles(Tile(32, 16, 8, 2), Tile(32, 16, 8, 2)),
@@ -104,8 +109,9 @@ _HALF[120] = _HALF[80]
 for _table in (_HALF_BACKWARD, _HALF_BACKWARD_CROWDED):
     _table[120] = _table[80]
 
-# The architecture whose tiles scores have that gather from a tensor, on newer ones too.
-GATHERED = 80
+# Scores that gather from a tensor, on every architecture: addresses take so many registers that the tiles of sm_90 spill up to 950 bytes,
+# on sm_100 too, and three stages at 128 spill 8 on sm_80.
+_HALF_GATHERED = {**_HALF[80], 128: Tile(128, 32, 8, 2)}
 
 # A tile of few queries has too little work for eight warps: on tensor cores a warp takes 16 of them.
 FEW_QUERIES = 32
@@ -128,8 +134,7 @@ def tile_for(
     capability: of the device, 80 for sm_80 and so on. n_queries: where there are fewer queries than the tile is high (decoding), it is
     lowered to the next power of two. gathers: whether the scores read a tensor at an expression in positions.
     """
-    # Addresses to gather from take so many registers that the tiles of sm_90 spill up to 950 bytes, on sm_100 too.
-    half = _since(_HALF, min(capability, GATHERED) if gathers else capability)
+    half = _HALF_GATHERED if gathers else _since(_HALF, capability)
     tile = _row_for(half if element_size == 2 else _SINGLE, head_dim, value_dim)
     if n_queries is None or power_of_two(n_queries) >= tile.block_q:
         return tile
@@ -137,15 +142,18 @@ def tile_for(
     return tile._replace(block_q=block_q, warps=WARPS_FOR_FEW_QUERIES if block_q <= FEW_QUERIES else tile.warps)
 
 
-def backward_tiles(head_dim: int, value_dim: int, element_size: int, crowded: bool, capability: int) -> BackwardTiles:
+def backward_tiles(head_dim: int, value_dim: int, element_size: int, crowded: Crowding, capability: int) -> BackwardTiles:
     """The tiles of both backward kernels for a head dim, a value dim and bytes per element.
 
-    crowded: whether a tile has more to hold than its scores. capability: of the device, 80 for sm_80 and so on.
+    crowded: the kernels in which a tile has more to hold than its scores. capability: of the device, 80 for sm_80 and so on.
     """
     if element_size != 2:
         return _row_for(_SINGLE_BACKWARD, head_dim, value_dim)
-    tables = _HALF_BACKWARD_CROWDED if crowded else _HALF_BACKWARD
-    return _row_for(_since(tables, capability), head_dim, value_dim)
+    tables = _HALF_BACKWARD_CROWDED if crowded == "both" else _HALF_BACKWARD
+    tiles = _row_for(_since(tables, capability), head_dim, value_dim)
+    if crowded != "queries":
+        return tiles
+    return tiles._replace(queries=tiles.queries._replace(block_k=min(tiles.queries.block_k, FEWER_KEYS)))
 
 
 def _since(tables: Mapping[int, Table], capability: int) -> Table:

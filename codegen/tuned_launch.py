@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import torch
 
-from codegen.backward_block import is_crowded
+from codegen.backward_block import crowding
 from codegen.backward_file import backward_source
 from codegen.backward_kernel import backward_kernel_for
 from codegen.cache import content_hash
@@ -90,7 +90,7 @@ def backward_launch(
     kernel, attend = backward_kernel_for(attend_json), Attend.from_json(attend_json)
     module, dtype = kernel.load(), operands[0].dtype
     head_dim, value_dim = operands[0].shape[3], operands[2].shape[3]
-    table = backward_tiles(head_dim, value_dim, dtype.itemsize, is_crowded(attend), facts.capability)
+    table = backward_tiles(head_dim, value_dim, dtype.itemsize, crowding(attend), facts.capability)
 
     def run(tiles: tuple[Tile, ...]) -> list[torch.Tensor]:
         found: list[torch.Tensor] = module.launch(*operands, tensors, *received, *gradients, wanted=wanted, tiles=BackwardTiles(*tiles))
