@@ -75,7 +75,8 @@ class Followed:
         own = note_of(entry)
         known = own or note
         if known is None or not known.replaced or entry.shape[2] != known.length:
-            told = "comes from another cache" if known is None or not known.replaced else f"was cut or extended from {known.length} tokens"
+            noted = None if known is None or not known.replaced else known.length
+            told = "comes from another cache" if noted is None else f"was cropped or extended from {noted} tokens"
             raise ModelCallError(
                 f"a KV cache entry of {entry.shape[2]} tokens {told}; it stands for a state or for fewer tokens, which can neither be "
                 "taken out of nor put into outside the model: start again from the prompt with a new cache"

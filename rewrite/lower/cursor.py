@@ -34,3 +34,8 @@ class Cursor:
     def combine(self, function: Callable[[Any, Any], Any], first: Number, second: Number) -> Number:
         both = isinstance(first, int) and isinstance(second, int)
         return function(first, second) if both else self.call(function, (first, second))
+
+
+def behind_inputs(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The node, or the last input where it is an input: from there on all inputs are there."""
+    return [other for other in graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
 from rewrite.ir.errors import NotApplicableError
-from rewrite.ir.operations import Parameter, Statistic
+from rewrite.ir.operations import Parameter
 from rewrite.ir.program import Program
-from rewrite.ir.selection import ROUTER, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, Spread, TokenOperation, first_layer
-from rewrite.lower.cursor import Cursor, Number
+from rewrite.ir.selection import ROUTER, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, TokenOperation, first_layer
+from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.fusing import attention_of, fuse_tokens
-from rewrite.lower.lowering import lower_operand, lower_statistic
 from rewrite.lower.merging import Merged, Sizes, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
 from rewrite.lower.residual import behind_attention
+from rewrite.lower.scores import Scores, rule_of
 from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.tokens import choose, rules
+from rewrite.tokens import choose
 from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.gather import gather_tokens, kept_positions
 from rewrite.tokens.placement import Selection
@@ -71,7 +71,7 @@ class Selections:
         self.seen: dict[str, Selection] = {}
         self.routed: dict[str, fx.Node] = {}
         self.results: dict[str, fx.Node] = {}
-        self.sizes = Sizes(graph)
+        self.sizes, self.scores = Sizes(graph), Scores(graph, recognition, program)
         self._cut: dict[fx.Node, fx.Node] = {}
         asked = [one for stack in self._stacks() for one in self._operations(stack)]
         self._places = {one: self._place(one) for one in asked}
@@ -146,7 +146,7 @@ class Selections:
         """Where no token has left yet."""
         batch, tokens, _ = hinted_shape(stream)
         if isinstance(one, Select) and one.candidates == "patches":
-            with self.graph.inserting_after(self._behind_inputs(stream)):
+            with self.graph.inserting_after(behind_inputs(self.graph, stream)):
                 length = self.graph.call_method("size", (stream, 1))
             return Left(None, length, length, 0, 0, (tokens, 0, 0))
         merge = entry.merge
@@ -156,7 +156,7 @@ class Selections:
                 f"{entry.site.name}: how many visual tokens there are cannot be read off the shapes at {merge.node.name}; "
                 f"{one.by} needs the number to be fixed"
             )
-        with self.graph.inserting_after(self._behind_inputs(max(stream, merge.source))):
+        with self.graph.inserting_after(behind_inputs(self.graph, max(stream, merge.source))):
             visual = self.graph.call_function(choose.visual_per_row, (stream, merge.source))
         with self.graph.inserting_after(visual):
             length = self.graph.call_method("size", (stream, 1))
@@ -171,7 +171,7 @@ class Selections:
             if not isinstance(one, Merge):
                 raise NotApplicableError(f"{entry.site.name}: tokens are merged in its stack, of which {one.by} would have to choose some")
             users = [user for user in stream.users if user.op != "output" and user not in self.sizes.stand_ins.values()]
-            at = Cursor(self.graph, self._behind_inputs(stream if one.criteria else max(stream, entry.region.key.node)))
+            at = Cursor(self.graph, behind_inputs(self.graph, stream if one.criteria else max(stream, entry.region.key.node)))
             if left is None:
                 left = Merged(None, at.call_method("size", (stream, 1)), None, hinted_shape(stream)[1])
             if one.criteria is None:
@@ -192,7 +192,7 @@ class Selections:
         site = next(site for site in self.program.sites if site.name == one.site)
         result = self.results[one.site]
         call = attention_of(result, one.by)
-        copies = self._copied([node for node in call.args[:2] if isinstance(node, fx.Node)], entry, stream, stream, one)
+        copies = self.scores.copied([node for node in call.args[:2] if isinstance(node, fx.Node)], entry, stream, stream, one)
         return fuse_tokens(one, site, entry, result, stream, copies, left, self._entries(one.stack), self.sizes)
 
     def _leave(self, one: Exit | Select, entry: Found, stream: fx.Node, left: Left) -> Left:
@@ -201,12 +201,12 @@ class Selections:
         current = self._cut.get(stream, stream)
         if current is not stream:
             users = list(current.users)
-        rule = _rule_of(one)
-        score = self._score(one, rule, current, stream, left) if isinstance(rule, Received) else None
+        rule = rule_of(one)
+        score = self.scores.of(one, rule, current, stream, left.kept) if isinstance(rule, Received) else None
         needed = [node for node in (current, score, *_numbers(left)) if node is not None]
         if isinstance(one, Exit) or one.candidates == "visual":
             needed.append(self.visual(entry))
-        at = Cursor(self.graph, self._behind_inputs(max(needed)))
+        at = Cursor(self.graph, behind_inputs(self.graph, max(needed)))
         if isinstance(one, Select) and one.candidates == "patches":
             after = self._patches(one, entry, left, current, score, at)
         else:
@@ -295,7 +295,7 @@ class Selections:
                 if one_of_them.made is not None:
                     node.replace_all_uses_with(one_of_them.made, delete_user_cb=lambda user: user.op != "output")
             return handed_on(given, at)
-        pictures = self._pictures(one)
+        pictures = self.scores.tower(one)
         if pictures is None or pictures.patches is None:
             return None
         stay = self._chosen(one, pictures, score, at)
@@ -306,7 +306,7 @@ class Selections:
         if isinstance(one.rule, Pooled):
             return pooled(one.rule, read, at)
         assert score is not None
-        early = self._received_by_patches(one, one.crops.early, read) if one.crops is not None else None
+        early = self.scores.by_patches(one, one.crops.early, read) if one.crops is not None else None
         if early is not None:
             at.last = max(at.last, early)
         return patches_that_stay(one, read, score, early, self._tower_outputs.get(one), at)
@@ -316,91 +316,10 @@ class Selections:
         assert isinstance(one.rule, Received | Pooled)
         read = self.recognition.by_name(one.rule.site if isinstance(one.rule, Pooled) else one.rule.sites[-1])
         assert read.patches is not None
-        score = self._received_by_patches(one, one.rule, read) if isinstance(one.rule, Received) else None
+        score = self.scores.by_patches(one, one.rule, read) if isinstance(one.rule, Received) else None
         at = Cursor(self.graph, read.patches if score is None else max(score, read.patches))
         stay = self._chosen(one, read, score, at)
         return read, stay, made_beside(stay, read.patches, at)
-
-    def _pictures(self, one: Exit | Select) -> Found | None:
-        """The site of a vision tower that scores visual tokens as the patches they were; None where the language model's own do."""
-        rule = _rule_of(one)
-        if isinstance(rule, Pooled):
-            return self.recognition.by_name(rule.site)
-        read = self.recognition.by_name(rule.sites[-1]) if isinstance(rule, Received) else None
-        return read if read is not None and read.site.stack != one.stack else None
-
-    # Scores
-
-    def _score(self, one: Exit | Select, rule: Received, current: fx.Node, stream: fx.Node, left: Left) -> fx.Node:
-        """[B, tokens of `current`], or [pictures, tokens of a vision tower] where that scores."""
-        pictures = self._pictures(one)
-        if pictures is not None:
-            return self._received_by_patches(one, rule, pictures)
-        received = [self._received(one, name, rule, current, stream) for name in rule.sites]
-        after = [*received, *([left.kept] if isinstance(left.kept, fx.Node) else [])]
-        with self.graph.inserting_after(self._behind_inputs(max(after))):
-            return self.graph.call_function(choose.attention_received, (received, left.kept))
-
-    def _received_by_patches(self, one: Exit | Select, rule: Received, tower: Found) -> fx.Node:
-        """[pictures, tokens of the tower]."""
-        received = [self._received(one, name, rule) for name in rule.sites]
-        with self.graph.inserting_after(max(received)):
-            return self.graph.call_function(choose.attention_received, (received, tower.site.dims["Nk"]))
-
-    def _received(
-        self, one: Exit | Select, name: str, rule: Received, current: fx.Node | None = None, stream: fx.Node | None = None
-    ) -> fx.Node:
-        """[B, H, Nk]: what the keys of one site receive from the queries that the rule reads."""
-        entry = self.recognition.by_name(name)
-        site = next(site for site in self.program.sites if site.name == name)
-        attends = site.body.attends()
-        foreign = {*(attends[0].tensors() if attends else ())} - entry.region.operands().keys()
-        if len(site.body.operations) != 1 or not attends or foreign:
-            by = ", ".join(by for by in self.program.passes_of(site) if by != one.by)
-            raise NotApplicableError(f"{one.by} reads the attention of {name}, which {by or 'its model'} makes more than one attention of")
-        if rule.joined:
-            operands = [operand.node for name, operand in entry.region.operands().items() if name in ("query", "key")]
-            at = Cursor(self.graph, self._behind_inputs(max(operands)))
-            query, key = (lower_operand(at, entry.region, name) for name in ("query", "key"))
-            return at.call(choose.received_as_one_head, (query, key, *rule.rows))
-        statistic = Statistic("received", attends[0], "queries", rows=rule.rows)
-        ahead = isinstance(one, Select) and one.place == "before" and site.stack == one.stack and site.layer == one.layer
-        copied = self._ahead(entry, stream, current, one) if ahead and stream is not None and current is not None else {}
-        return lower_statistic(self.graph, statistic, entry.region, copied)
-
-    def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Exit | Select) -> dict[fx.Node, fx.Node]:
-        """Copies, right behind the stream, of what makes a layer's queries and keys: they see the tokens that leave in front of it."""
-        operands = [operand.node for name, operand in entry.region.operands().items() if name != "value"]
-        return self._copied(operands, entry, stream, current, one)
-
-    def _copied(
-        self, wanted: Sequence[fx.Node], entry: Found, stream: fx.Node, current: fx.Node, one: TokenOperation
-    ) -> dict[fx.Node, fx.Node]:
-        """Copies of what makes the `wanted` nodes of the stream, right behind `current`, which they read in its place."""
-        needed, stack = set(wanted), list(wanted)
-        while stack:
-            for previous in stack.pop().all_input_nodes:
-                if previous not in needed and previous > stream:
-                    needed.add(previous)
-                    stack.append(previous)
-        copies = {stream: current}
-        at = Cursor(self.graph, self._behind_inputs(current))
-        for node in sorted(node for node in needed if node > stream):
-            if rules.in_place(node) or rules.name_of(node) == "setitem":
-                raise NotApplicableError(f"{one.by} reads the attention of {entry.site.name} ahead of it, and {node.name} writes there")
-            copies[node] = at.copy(node, copies)
-        return copies
-
-    def _behind_inputs(self, node: fx.Node) -> fx.Node:
-        """The node, or the last input where it is an input: from there on all inputs are there."""
-        return [other for other in self.graph.nodes if other.op == "placeholder"][-1] if node.op == "placeholder" else node
-
-
-def _rule_of(one: Exit | Select) -> Received | Spread | Handed | Pooled | None:
-    """What decides which tokens leave; None where nothing does."""
-    if isinstance(one, Select):
-        return one.rule
-    return one.when.rule if isinstance(one.when, Irrelevant) else None
 
 
 def _between(one: TokenOperation) -> bool:

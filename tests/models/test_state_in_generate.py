@@ -99,7 +99,7 @@ def test_a_cache_that_a_state_cannot_follow_is_refused(changed: nn.Module) -> No
         with pytest.raises((RuntimeError, ValueError)):
             llama()(**step, past_key_values=copy.deepcopy(cache))
         cache.crop(-2)
-        with pytest.raises(ModelCallError, match="cut or extended from 12 tokens"):
+        with pytest.raises(ModelCallError, match="cropped or extended from 12 tokens"):
             changed(input_ids=step["input_ids"], attention_mask=step["attention_mask"][:, :11], past_key_values=cache)
 
 
