@@ -28,7 +28,9 @@ WIDTH = 1024
 SMALL, LARGE = 64, 512
 # A state pays from some hundred tokens on, and a band is cut into blocks from there; they are measured where that is so.
 SMALLEST = {"state": 256, "banded": 256}
-# A map above this is memory that the system gives anew each time, page by page: the most that glibc's allocator keeps (its mmap threshold).
+# Blocks of a band see few keys: the more there are, the less what is done once counts.
+LARGEST = {"banded": 2048}
+# Maps above this are memory that the system gives anew each time, page by page: the most that glibc's allocator keeps (its mmap threshold).
 LARGEST_KEPT = 32 << 20
 # Blocks of queries of an attention whose blocks of keys the data choose.
 BLOCKS = 8
@@ -127,7 +129,9 @@ def _wait(device: torch.device) -> None:
 
 
 def _ceiling(way: str, device: torch.device, dtype: torch.dtype) -> Ceiling:
-    (few, few_calls, short), (many, many_calls, long) = (_probe(way, tokens, device, dtype) for tokens in (SMALLEST.get(way, SMALL), LARGE))
+    (few, few_calls, short), (many, many_calls, long) = (
+        _probe(way, tokens, device, dtype) for tokens in (SMALLEST.get(way, SMALL), LARGEST.get(way, LARGE))
+    )
     # Two times and two unknowns, seconds = calls * call + multiply-adds / rate; noise must not make either negative.
     grown = many - few * many_calls / few_calls
     rate = grown / max(long - short * many_calls / few_calls, long / 4) if grown > 0 else many / long

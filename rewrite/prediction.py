@@ -62,8 +62,11 @@ def original_seconds(site: Site, itemsize: int, materialised: bool, machine: Mac
     """A site as the model computes it."""
     cost = original_cost(site, itemsize, materialised)
     # A fused call leaves out what positions alone hide, as ours does; a map is computed whole.
-    own = cost.multiply_adds if materialised else codegen.computed_multiply_adds(site.attend, site.dims)
-    written = itemsize * math.prod(site.dims[name] for name in ("B", "H", "Nq", "Nk"))
+    fused = codegen.work(site.attend, site.dims)
+    visible = fused.multiply_adds if fused.skeleton == "fused" else codegen.computed_multiply_adds(site.attend, site.dims)
+    own = cost.multiply_adds if materialised else visible
+    # Scores, scaled scores and weights are there at once.
+    written = 3 * itemsize * math.prod(site.dims[name] for name in ("B", "H", "Nq", "Nk"))
     return machine.seconds(("eager" if written <= LARGEST_KEPT else "large") if materialised else "sdpa", own, cost.bytes)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import codegen
 from rewrite import PassError, SlowerWarning, explain, prediction, rewrite
-from rewrite.ir import QK, Attend, Body, Program, Site, TokenLayout, parse_pass
+from rewrite.ir import QK, Attend, Body, I, J, Program, Site, TokenLayout, parse_pass
 from rewrite.machine import Ceiling, Machine, machine_of
 from rewrite.prediction import predict
 from tests.api.small import images, run, vit
@@ -75,6 +75,14 @@ def test_every_way_of_computing_is_told_apart() -> None:
         assert predict(long, after, 4, False, device(**{way: 1.0})).ratio > 1
         others = {other: 1.0 for other in WAYS if other not in (way, "sdpa", "plain", "linear", "moved")}
         assert predict(long, after, 4, False, device(**others)).after < 1
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(197, 1.0), (1024, 0.75), (4096, 9 / 16)])
+def test_a_causal_call_leaves_out_whole_blocks_of_keys(tokens: int, share: float) -> None:
+    causal = site(tokens, mask=J <= I)
+    work = codegen.work(causal.attend, causal.dims)
+    assert work.skeleton == "fused"
+    assert work.multiply_adds == share * codegen.work(site(tokens).attend, causal.dims).multiply_adds
 
 
 def test_one_warning_names_what_is_slower_and_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
