@@ -5,7 +5,8 @@ Forward and backward read the same block: the expressions of the IR evaluated on
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -21,6 +22,15 @@ from rewrite.ir.expression import QK
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import evaluate_expression
 
+# Numbers between two rows of scores in a buffer, a cache line: rows a power of two apart fall into the same few sets of the caches.
+BETWEEN_ROWS = 16
+
+
+def buffer_size(visits: Iterable[Visit], batch: int, heads: int) -> int:
+    """Numbers that a buffer for the scores of any of the visits holds."""
+    sizes = ((len(range(batch)[visit.planes.batch]) * len(range(heads)[visit.planes.heads]), visit) for visit in visits)
+    return max((maps * visit.n_queries * (visit.n_keys + BETWEEN_ROWS) for maps, visit in sizes), default=0)
+
 
 def by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     """[B, H, n, D] -> [B, Hkv, H / Hkv * n, D]: query heads that share a key head, one after the other, so that no key is copied."""
@@ -30,9 +40,13 @@ def by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
     return tensor.reshape(batch, key_heads, heads // key_heads * n, width)
 
 
-def dot(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """query [B, H, n, D], key [B, Hkv, m, D] -> [B, H, n, m]."""
-    product = by_key_head(query, key.shape[1]) @ key.transpose(-2, -1)
+def dot(query: torch.Tensor, key: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
+    """query [B, H, n, D], key [B, Hkv, m, D] -> [B, H, n, m]; in the memory of `buffer`, one-dimensional, where that is given."""
+    rows, out = by_key_head(query, key.shape[1]), None
+    if buffer is not None:
+        shape = (*rows.shape[:3], key.shape[2] + BETWEEN_ROWS)
+        out = buffer[: math.prod(shape)].view(shape)[..., : key.shape[2]]
+    product = torch.matmul(rows, key.transpose(-2, -1), out=out)
     return product if query.shape[1] == key.shape[1] else product.view(*query.shape[:3], key.shape[2])
 
 

@@ -16,7 +16,7 @@ import torch
 from codegen.attention_block import AttentionBlock
 from codegen.base_two import LOG2_E
 from codegen.contraction_order import Sizes
-from codegen.score_block import ScoreBlock, dot, linear_score, sum_over_queries, weighted_sum
+from codegen.score_block import ScoreBlock, buffer_size, dot, linear_score, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative, read_block
 from codegen.torch_streaming import planes_at_a_time, query_visits, static_visits
 from codegen.visits import Visit
@@ -115,11 +115,17 @@ def _plain_rows(statistic: Statistic, sizes: Sizes, device: torch.device) -> tup
 
 
 def _softmax(
-    statistic: Statistic, linear: tuple[float, sympy.Expr], query: torch.Tensor, key: torch.Tensor, tensors: Tensors, visit: Visit
+    statistic: Statistic,
+    linear: tuple[float, sympy.Expr],
+    operands: tuple[torch.Tensor, torch.Tensor],
+    tensors: Tensors,
+    visit: Visit,
+    buffer: torch.Tensor,
 ) -> tuple[ScoreBlock, torch.Tensor, torch.Tensor]:
-    """A visit, its weights without their denominator, in the place of the scores, and the factors [B, H, rows, 1] that they lack."""
+    """A visit, its weights without their denominator, in the buffer, and the factors [B, H, rows, 1] that they lack."""
+    query, key = operands
     block, (scale, rest), sink = ScoreBlock(statistic.attend, query, key, tensors, visit), linear, statistic.attend.sink
-    scores = dot(visit.queries(query, 2).to(block.dtype) * (LOG2_E * scale), visit.keys(key, 2).to(block.dtype))
+    scores = dot(visit.queries(query, 2).to(block.dtype) * (LOG2_E * scale), visit.keys(key, 2).to(block.dtype), buffer)
     if rest != 0:
         scores += LOG2_E * block.evaluate(rest)
     most = block.hide(scores, block.hidden(), -torch.inf).amax(-1, keepdim=True)
@@ -144,12 +150,16 @@ def statistic_forward(statistic: Statistic, query: torch.Tensor, key: torch.Tens
         return (read @ key.transpose(2, 3).to(dtype)).softmax(-1).sum(2)
     result = torch.zeros(result_shape(statistic, query, key), dtype=dtype, device=query.device)
     linear, over_queries = softmax_score(statistic), statistic.over == "queries"
-    for visit, place in statistic_visits(statistic, query, key, tensors):
+    visits = statistic_visits(statistic, query, key, tensors)
+    # Memory that is given back between visits comes back page by page, which takes as long as the exponentials.
+    most = 0 if linear is None else buffer_size((visit for visit, _ in visits), sizes.batch, sizes.heads)
+    buffer = query.new_empty(most, dtype=dtype)
+    for visit, place in visits:
         if linear is None:
             attention = _attention(statistic, query, key, tensors, visit)
             block, weights = attention.block, attention.weights
         else:
-            block, weights, factors = _softmax(statistic, linear, query, key, tensors, visit)
+            block, weights, factors = _softmax(statistic, linear, (query, key), tensors, visit, buffer)
             if over_queries and statistic.term == W:
                 result[*visit.planes[:2], visit.columns] += (factors.transpose(2, 3) @ weights)[:, :, 0]
                 continue
