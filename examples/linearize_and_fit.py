@@ -25,7 +25,7 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import ViTConfig, ViTForImageClassification
+from torchvision_or_not import let_transformers_import
 
 from rewrite import fit, rewrite
 
@@ -56,6 +56,9 @@ def jittered(images: torch.Tensor) -> torch.Tensor:
 
 def trained(data: TensorDataset, epochs: int, console: Console) -> nn.Module:
     """A ViT with softmax attention, trained from nothing."""
+    let_transformers_import()
+    from transformers import ViTConfig, ViTForImageClassification
+
     config = ViTConfig(
         image_size=32, patch_size=4, num_channels=1, hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128,
         num_labels=10, initializer_range=0.1,  # near 1 / sqrt(hidden_size): the 0.02 of wide models makes a narrow one slow to start
