@@ -57,4 +57,5 @@ def _pairs(visits: Sequence[Visit]) -> int:
 
 def causal_pairs(tokens: int) -> int:
     """Pairs that torch's fused CPU attention computes of a causal map: it leaves out keys in blocks of `KEYS_AT_A_TIME`."""
-    return sum(min(tokens, -(-(query + 1) // KEYS_AT_A_TIME) * KEYS_AT_A_TIME) for query in range(tokens))
+    starts = range(0, tokens, KEYS_AT_A_TIME)
+    return sum(min(KEYS_AT_A_TIME, tokens - start) * min(tokens, start + KEYS_AT_A_TIME) for start in starts)

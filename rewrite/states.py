@@ -78,8 +78,8 @@ class Followed:
             noted = None if known is None or not known.replaced else known.length
             told = "comes from another cache" if noted is None else f"was cropped or extended from {noted} tokens"
             raise ModelCallError(
-                f"a KV cache entry of {entry.shape[2]} tokens {told}; it stands for a state or for fewer tokens, which can neither be "
-                "taken out of nor put into outside the model: start again from the prompt with a new cache"
+                f"a KV cache entry of {entry.shape[2]} tokens {told}; it stands for a state or for fewer tokens, which cannot be "
+                "cut or extended outside the model: start again from the prompt with a new cache"
             )
         if own is not None:
             return own

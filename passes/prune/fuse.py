@@ -42,8 +42,7 @@ class Fuse(Pass):
     paper = "Lee, Choi, Kim: Multi-criteria Token Fusion with One-step-ahead Attention (MCTF), CVPR 2024 (arXiv 2403.10030)"
     formula = "x_g = sum_{t in g} w_t x_t / sum_{t in g} w_t, w = a s; out_g = sum_{t in g} w_t (softmax(qk + log s) v_g)_t / sum w"
     fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, cached=False)
-    # These score or weight the patches of the model, and fused tokens are several of them.
-    excludes = ("evit", "cls_prune", "cls_ensemble", "dominant_contextual", "hired")
+    excludes = mergeable.EXCLUDED
 
     r: int | float = parameter(16, "tokens fused away in front of each layer, or their share of those behind CLS; 0 changes nothing")
     layers: tuple[int, ...] | None = parameter(None, "the layers, from 0, in front of which tokens are fused; None is all but the first")

@@ -39,8 +39,7 @@ class ToMe(Pass):
     paper = "Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman: Token Merging: Your ViT But Faster, ICLR 2023 (arXiv 2210.09461)"
     formula = "x_b = sum_{t in b} s_t x_t / s_b, s_b = sum_{t in b} s_t; out = softmax(qk + log s) @ v"
     fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, cached=False)
-    # These score or weight the patches of the model, and merged tokens are several of them.
-    excludes = ("evit", "cls_prune", "cls_ensemble", "dominant_contextual", "hired")
+    excludes = mergeable.EXCLUDED
 
     r: int = parameter(13, "tokens merged away at each layer; 0 changes nothing")
     layers: tuple[int, ...] | None = parameter(None, "the layers, from 0, between whose attention and MLP tokens are merged; None is all")

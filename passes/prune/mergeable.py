@@ -7,6 +7,9 @@ import sympy
 from passes.prune.choice import at_layer
 from rewrite.ir import CHANGES_NOTHING, I, J, Program, Site
 
+# Passes that score or weight the patches of the model: merged tokens are several of them.
+EXCLUDED = ("evit", "cls_prune", "cls_ensemble", "dominant_contextual", "hired", "outlier_tokens")
+
 
 def sites_merged(program: Program, stack: int, layers: tuple[int, ...] | None, first: int) -> list[Site] | str:
     """The sites of the layers of a stack where tokens are to be merged (None: all from the `first` on), or why they cannot be."""

@@ -83,18 +83,21 @@ TRIANGLES = frozenset({"tril", "triu"})
 
 # the engine's own choice of tokens: they take tensors with the tokens that are left, and give places among these
 CHOICES = frozenset(
-    (
-        *("attention_received", "chosen_patches", "visual_leaving", "visual_leaving_by_picture", "visual_leaving_spread", "matched"),
-        *(
-            "visual_staying",
-            "visual_staying_routed",
-            "routed_features",
-            "visual_leaving_all",
-            "received_as_one_head",
-            "attended",
-            "fused_match",
-        ),
-    )
+    {
+        "attended",
+        "attention_received",
+        "chosen_patches",
+        "fused_match",
+        "matched",
+        "received_as_one_head",
+        "routed_features",
+        "visual_leaving",
+        "visual_leaving_all",
+        "visual_leaving_by_picture",
+        "visual_leaving_spread",
+        "visual_staying",
+        "visual_staying_routed",
+    }
 )
 # what it cuts a stream with: the result has the tokens that were chosen
 CUTS = frozenset({"gather_tokens", "fused_tokens", "merged_tokens", "fused_rows"})

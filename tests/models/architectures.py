@@ -107,6 +107,16 @@ def llava_inputs(image_size: int = 56, batch: int = 2, text: int = 14, padding: 
     }
 
 
+def two_pictures_a_row() -> dict[str, torch.Tensor]:
+    """`llava_inputs` with a second image behind the text, in the second row three tokens later."""
+    inputs = llava_inputs(batch=2)
+    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, 5:]], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones_like(inputs["attention_mask"][:, 5:])], dim=1)
+    ids[1, 30:33], ids[1, 33:49] = 7, IMAGE_TOKEN
+    pictures = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures}
+
+
 def clip_text_inputs() -> dict[str, torch.Tensor]:
     ids = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(3))
     mask = torch.ones_like(ids)

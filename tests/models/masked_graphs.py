@@ -155,16 +155,3 @@ def by_tower(masked: Masked, name: str, prefix: int, visual: torch.Tensor, keep:
         return alive & ~torch.zeros_like(visual).masked_scatter(visual, ~chosen)
 
     return rule
-
-
-def cls_row(keep: float, prefix: int) -> Rule:
-    """EViT's rule without fusing."""
-
-    def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        patches = alive.clone()
-        patches[:, :prefix] = False
-        left = best(weights[:, :, 0].mean(1), patches, math.ceil(keep * int(patches[0].sum())))
-        left[:, :prefix] = True
-        return left
-
-    return rule

@@ -212,3 +212,16 @@ def best(score: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Ten
         ranked = sorted((float(-score[row, at]), at) for at in candidates[row].nonzero().flatten().tolist())
         chosen[row, [at for _, at in ranked[:count]]] = True
     return chosen
+
+
+def cls_row(keep: float, prefix: int) -> Rule:
+    """EViT's rule without fusing."""
+
+    def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        patches = alive.clone()
+        patches[:, :prefix] = False
+        left = best(weights[:, :, 0].mean(1), patches, math.ceil(keep * int(patches[0].sum())))
+        left[:, :prefix] = True
+        return left
+
+    return rule

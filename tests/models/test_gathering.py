@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rewrite import NotApplicableError, rewrite
-from tests.models.architectures import IMAGE_TOKEN, llava, llava_inputs, rewritten, same_gradients
+from tests.models.architectures import llava, llava_inputs, rewritten, same_gradients, two_pictures_a_row
 from tests.models.corpus.cases import BY_NAME
 from tests.models.oracles import Survivors, attention_replaced_by
 from tests.models.test_llava import GREEDY, visual_of
@@ -70,12 +70,7 @@ def gathered_by_hand(
 
 
 def test_two_pictures_a_row_token_for_token_in_generate() -> None:
-    inputs = llava_inputs(batch=2)
-    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, 5:]], dim=1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(inputs["attention_mask"][:, 5:])], dim=1)
-    ids[1, 30:33], ids[1, 33:49] = 7, IMAGE_TOKEN
-    pictures = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(5))
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures}
+    inputs = two_pictures_a_row()
     changed, plain = rewritten(llava("eager"), ["dominant_contextual(dominant=5, contextual=3)"], inputs), llava("sdpa")
     visual, oracle = visual_of(inputs), Survivors(TEXT)
     by_hand = gathered_by_hand(plain.model.vision_tower.encoder.layers[1], 1, oracle, visual, 1, 5, 3, False)

@@ -10,24 +10,11 @@ import torch
 
 from rewrite import cached_tokens, parse_pass, rewrite
 from rewrite.engine import Known, Rewriter
-from tests.models.architectures import BY_NAME, IMAGE_TOKEN, call, llava, llava_inputs, rewritten, same_gradients
-from tests.models.oracles import Rule, Survivors, attention_replaced_by, best
+from tests.models.architectures import BY_NAME, call, llava, llava_inputs, rewritten, same_gradients, two_pictures_a_row
+from tests.models.oracles import Rule, Survivors, attention_replaced_by, best, cls_row
 from tests.models.test_llava import GREEDY, visual_of
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def cls_keeps(keep: float, prefix: int) -> Rule:
-    """EViT's rule without fusing."""
-
-    def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        patches = alive.clone()
-        patches[:, :prefix] = False
-        left = best(weights[:, :, 0].mean(1), patches, math.ceil(keep * int(patches[0].sum())))
-        left[:, :prefix] = True
-        return left
-
-    return rule
 
 
 # Not in layer 0: the CLS token of an untrained model is zero, and looks at all patches alike.
@@ -36,7 +23,7 @@ def test_patches_leave_an_encoder(name: str, prefix: int, implementation: str) -
     architecture = BY_NAME[name]
     inputs = {entry: torch.cat([tensor, 1 - tensor.flip(-1)])[:2] for entry, tensor in architecture.inputs().items()}
     changed = rewritten(architecture.build(implementation), ["evit(keep=0.6, layers=(1, 2), fuse=False)"], inputs)
-    oracle = Survivors(tuple(range(architecture.sites)), behind=dict.fromkeys((1, 2), cls_keeps(0.6, prefix)))
+    oracle = Survivors(tuple(range(architecture.sites)), behind=dict.fromkeys((1, 2), cls_row(0.6, prefix)))
     with attention_replaced_by(oracle):
         expected = call(architecture.build("sdpa"), inputs)
     assert oracle.alive is not None
@@ -153,12 +140,7 @@ TEXT = (3, 4, 5, 6)
 
 
 def test_by_picture_and_then_by_the_text_with_two_pictures_a_row() -> None:
-    inputs = llava_inputs(batch=2)
-    ids = torch.cat([inputs["input_ids"], inputs["input_ids"][:, 5:]], dim=1)
-    mask = torch.cat([inputs["attention_mask"], torch.ones_like(inputs["attention_mask"][:, 5:])], dim=1)
-    ids[1, 30:33], ids[1, 33:49] = 7, IMAGE_TOKEN
-    pictures = torch.randn(4, 3, 56, 56, generator=torch.Generator().manual_seed(5))
-    inputs = {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures}
+    inputs = two_pictures_a_row()
     visual = visual_of(inputs)
     assert visual.sum(1).tolist() == [32, 32]
     changed = rewritten(llava("eager"), ["cls_prune(keep=0.5)", "fastv(layer=2, drop=0.6)"], inputs)
@@ -167,7 +149,7 @@ def test_by_picture_and_then_by_the_text_with_two_pictures_a_row() -> None:
     with torch.no_grad(), attention_replaced_by(oracle):
         expected = llava("sdpa")(**inputs)
     with torch.no_grad():
-        same_on_what_is_left(changed(**inputs), expected, oracle, mask.bool())
+        same_on_what_is_left(changed(**inputs), expected, oracle, inputs["attention_mask"].bool())
 
 
 def test_by_several_layers_of_the_tower_in_training() -> None:

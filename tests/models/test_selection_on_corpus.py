@@ -18,7 +18,8 @@ from tests.models.corpus.entry import Entry
 from tests.models.corpus.survey import survey
 from tests.models.corpus.training import tensors
 from tests.models.corpus.transformers_parts import PICTURE
-from tests.models.masked_graphs import Masked, by_tower, cls_row, last_query
+from tests.models.masked_graphs import Masked, by_tower, last_query
+from tests.models.oracles import cls_row
 
 EPSILON = torch.finfo(torch.float32).eps
 
