@@ -16,17 +16,29 @@ def fused_block(
     query = operands[0]
     key, value = (_every_head(operand, query.shape[1]) for operand in operands[1:])
     bias, causal = _bias(block, rest, query.dtype), isinstance(block.visit, Visit) and block.visit.causal
+    out, lse = fused_attention((query, key, value), bias, causal, scale)
+    if block.attend.sink is not None:
+        out, lse = _with_sink(out, lse, block.filled(block.attend.sink, lse[..., None])[..., 0])
+    return out, lse
+
+
+def fused_attention(
+    operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], bias: torch.Tensor | None, causal: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, H, n, D], lse [B, H, n]) of query [B, H, n, D], key and value [B, H, m, D]; bias [1 or B, 1 or H, 1 or n, 1 or m].
+
+    A row that sees no key gives zeros and -inf. Where causal, the bias is the same for all queries.
+    """
+    query, key, value = operands
     spread = None if bias is None else bias.expand(*bias.shape[:2], query.shape[2], key.shape[2])
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, attn_mask=spread, is_causal=causal, scale=scale
     )
     # Rows that see no key come back with whatever log-sum-exp the operator likes; only then is the bias looked through.
     if spread is not None and bool(((lse == 0) | ~lse.isfinite()).any()):
-        # Under a causal mask the bias is the same for all queries, and hides every key up to the query's own.
+        # Under a causal mask the bias hides every key up to the query's own.
         empty = (spread[:, :, 0] > -torch.inf).cumsum(-1) == 0 if causal else spread.amax(-1) == -torch.inf
         out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, -torch.inf)
-    if block.attend.sink is not None:
-        out, lse = _with_sink(out, lse, block.filled(block.attend.sink, lse[..., None])[..., 0])
     return out, lse
 
 

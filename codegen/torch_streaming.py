@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import sympy
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
 from codegen.contraction_order import Sizes
-from codegen.fused_block import fused_block
+from codegen.fused_block import fused_attention, fused_block
 from codegen.gathered import Gathered, gathered
 from codegen.masks import is_lower_triangle, split_mask, static_key
 from codegen.narrowed_visits import seen_keys
@@ -31,6 +32,7 @@ from codegen.visits import CANDIDATES, Plan, Planes, Visit, best_plan, visits
 from codegen.weight_form import split_visits
 from rewrite.ir.expression import I, letters
 from rewrite.ir.operations import Attend
+from rewrite.ir.semantics import aligned
 
 # Scores held at a time, 2 MiB in float32: with what is made of them they stay in the caches of two cores.
 SCORES_AT_A_TIME = 1 << 19
@@ -106,19 +108,32 @@ def fused_score(attend: Attend) -> tuple[float, sympy.Expr] | None:
     return linear_score(attend.score) if replace(attend, sink=None).is_plain else None
 
 
+class WholeCall(NamedTuple):
+    """softmax(scale * qk + bias) of all queries and keys, as torch computes it in one call; bias: the name and the axes of an operand."""
+
+    scale: float
+    causal: bool
+    bias: tuple[str, str] | None
+
+
 @lru_cache(maxsize=1024)
-def _whole_scale(attend: Attend, sizes: Sizes, device: torch.device) -> tuple[float, bool] | None:
-    """(scale, whether causal) of  softmax(scale * qk)  that torch computes in one call as it is; None for anything else.
+def _whole_call(attend: Attend, sizes: Sizes, device: torch.device) -> WholeCall | None:
+    """The one call that computes an operation; None where there is none.
 
     Known once for all calls of these sizes: asking takes a twentieth of an attention of 200 tokens.
     """
     linear, (static, dynamic) = fused_score(attend), split_mask(attend.mask)
-    alike = sizes.heads == sizes.key_heads and sizes.head_dim == sizes.value_dim
-    if linear is None or linear[1] != 0 or attend.sink is not None or dynamic != sympy.true or not alike or device.type != "cpu":
+    alike = sizes.heads == sizes.key_heads and sizes.head_dim == sizes.value_dim and sizes.n_queries and sizes.n_keys
+    if linear is None or attend.sink is not None or dynamic != sympy.true or not alike or device.type != "cpu":
         return None
-    if static == sympy.true:
-        return (linear[0], False) if sizes.n_queries and sizes.n_keys else None
-    return (linear[0], True) if is_lower_triangle(static_key(attend.mask), sizes.n_queries, sizes.n_keys) else None
+    causal = static != sympy.true
+    if causal and not is_lower_triangle(static_key(attend.mask), sizes.n_queries, sizes.n_keys):
+        return None
+    scale, rest = linear
+    if rest == 0:
+        return WholeCall(scale, causal, None)
+    axes = letters(rest.indices) if isinstance(rest, sympy.Indexed) else None
+    return None if axes is None or (causal and "i" in axes) else WholeCall(scale, causal, (str(rest.base.label), axes))
 
 
 def attend_forward(
@@ -129,10 +144,10 @@ def attend_forward(
     lse, of the scores that a query sees: the logarithm of the softmax's denominator, the sink's part included, -inf for a query that sees
     no key; of the scores' sum for "sum", -inf where that is not positive; 0 for "none".
     """
-    whole = _whole_scale(attend, Sizes.of(query, key, value), query.device)
+    whole = _whole_call(attend, Sizes.of(query, key, value), query.device)
     if whole is not None:
-        scale, causal = whole
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=causal, scale=scale)
+        bias = None if whole.bias is None else aligned(tensors[whole.bias[0]], whole.bias[1]).to(query.dtype)
+        out, lse = fused_attention((query, key, value), bias, whole.causal, whole.scale)
         return laid_out(out), lse.to(torch.float32).contiguous()
     by_state = through_state(attend, (query, key, value), tensors)
     if by_state is not None:

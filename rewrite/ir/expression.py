@@ -22,6 +22,7 @@ The JSON form exists because a kernel's description travels through a graph as a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -107,6 +108,7 @@ def read(name: str, *indices: sympy.Expr | int) -> sympy.Indexed:
     return sympy.Indexed(sympy.IndexedBase(name, real=True), *places)
 
 
+@lru_cache(maxsize=4096)
 def letters(indices: Indices) -> str | None:
     """ "bij" and so on where every index is one of b, h, i, j, in that order and each once; None for any other indices."""
     names = "".join(str(index) for index in indices if index in INDICES.values())

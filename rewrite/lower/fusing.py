@@ -63,7 +63,8 @@ def fuse_tokens(
     into = at.call(merging.composed_holders, (None, stays, merged, target))
     holders = at.call(merging.composed_holders, (before.holders, stays, merged, target)) if before else into
     selection = Selection(positions, left.length, at.call_method("size", (positions, 1)), holders=holders)
-    cut = at.call(merging.merged_tokens, (stream, weights, stays, merged, target))
+    heavier = at.call(merging.merged_sizes, (weights, stays, merged, target))
+    cut = at.call(merging.merged_tokens, (stream, weights, heavier, stays, merged, target))
     after = at.call(merging.merged_sizes, (counted, stays, merged, target))
     short[cut] = {1: selection}
     short.update({node: {1: selected} for node, selected in sizes_behind(one, after, selection, later, sizes, at).items()})
@@ -72,7 +73,7 @@ def fuse_tokens(
     short[spread] = {2: before} if before else {}
     tensors = call.args[3:]
     call.args = (copies[query], copies[key], spread, *tensors)
-    averaged = Cursor(graph, result).call(fusing.fused_rows, (result, weights, stays, merged, target))
+    averaged = Cursor(graph, result).call(fusing.fused_rows, (result, weights, heavier, stays, merged, target))
     averaged.meta["example_value"] = value_of(result)
     for user in [user for user in result.users if user is not averaged]:
         user.replace_input_with(result, averaged)

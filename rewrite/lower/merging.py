@@ -63,8 +63,8 @@ def merge_tokens(
     kept = at.call_method("size", (positions, 1))
     selection = Selection(positions, left.length, kept, holders=holders, sized=one.proportional)
     counted = left.sizes or at.call(merging.ones_each, (current,))
-    cut = at.call(merging.merged_tokens, (current, counted, stays, merged, target))
     after = at.call(merging.merged_sizes, (counted, stays, merged, target))
+    cut = at.call(merging.merged_tokens, (current, counted, after, stays, merged, target))
     behind = sizes_behind(one, after, selection, later, sizes, at)
     short = {node: {1: selected} for node, selected in {cut: selection, **behind}.items()}
     return cut, Merged(selection, left.length, after, left.hint - one.number(left.hint)), short

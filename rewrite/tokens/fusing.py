@@ -68,8 +68,11 @@ def spread_values(value: Tensor, into: Tensor) -> Tensor:
     return value.gather(2, into[:, None, :, None].expand(-1, value.shape[1], -1, value.shape[3]))
 
 
-def fused_rows(output: Tensor, weights: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
-    """[B, H, N - r, D]: the mean of the rows of output [B, H, N, D] of tokens that are fused, weighted as these. weights [B, N]."""
+def fused_rows(output: Tensor, weights: Tensor, after: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
+    """[B, H, N - r, D]: the mean of the rows of output [B, H, N, D] of tokens that are fused, weighted as these.
+
+    weights [B, N]; after [B, N - r]: those of what is fused.
+    """
     batch, heads, tokens, width = output.shape
-    rows = merged_tokens(output.transpose(1, 2).reshape(batch, tokens, heads * width), weights, stays, merged, target)
+    rows = merged_tokens(output.transpose(1, 2).reshape(batch, tokens, heads * width), weights, after, stays, merged, target)
     return rows.reshape(batch, -1, heads, width).transpose(1, 2)

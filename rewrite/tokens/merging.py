@@ -29,8 +29,12 @@ def matched(key: Tensor, prefix: int, count: int) -> Match:
     closest, best = scores.max(-1)
     order = closest.argsort(dim=1, descending=True, stable=True)
     gone, left = order[:, :number], order[:, number:].sort(dim=1).values
-    odds = torch.arange(odd.shape[1], device=key.device).expand(batch, -1)
-    return with_first_in_front(torch.cat([2 * left, 2 * odds + 1], 1), 2 * gone, best.gather(1, gone) + left.shape[1], prefix)
+    # The first tokens stay in front. They are the first of the even and of the odd ones, and none goes into an odd one of them, so that
+    # behind them all the others are where they would be behind the even ones.
+    even_first, odd_first = (prefix + 1) // 2, prefix // 2
+    places = torch.arange(tokens, device=key.device).expand(batch, -1)
+    stays = torch.cat([places[:, :prefix], 2 * left[:, even_first:], places[:, 2 * odd_first + 1 :: 2]], 1)
+    return stays, 2 * gone, best.gather(1, gone) + left.shape[1]
 
 
 def with_first_in_front(stays: Tensor, merged: Tensor, target: Tensor, prefix: int) -> Match:
@@ -49,10 +53,12 @@ def merged_sizes(sizes: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -
     return _summed(sizes[..., None], stays, merged, target)[..., 0]
 
 
-def merged_tokens(stream: Tensor, sizes: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
-    """The tokens [B, N - r, C] that a match leaves: the mean, weighted by size, of each with those that go into it. stream [B, N, C]."""
-    total = _summed(stream.to(sizes.dtype) * sizes[..., None], stays, merged, target)
-    return (total / merged_sizes(sizes, stays, merged, target)[..., None]).to(stream.dtype)
+def merged_tokens(stream: Tensor, sizes: Tensor, after: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
+    """The tokens [B, N - r, C] that a match leaves: the mean, weighted by size, of each with those that go into it.
+
+    stream [B, N, C]. sizes [B, N]. after: what `merged_sizes` makes of these.
+    """
+    return (_summed(stream.to(sizes.dtype) * sizes[..., None], stays, merged, target) / after[..., None]).to(stream.dtype)
 
 
 def composed_holders(before: Tensor | None, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
