@@ -1,4 +1,4 @@
-"""``python -m rewrite``: what passes and backends there are."""
+"""``python -m rewrite``: what passes and backends there are, and what passes do to a model's answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from rewrite.evaluating import command
 from rewrite.ir import Pass, RewriteError, available_passes, pass_class
 
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = commands.add_parser("pass", help="one pass: its parameters, paper and formula")
     one.add_argument("name")
     commands.add_parser("backends", help="what can run the rewritten graphs and the kernels here")
+    command.add_arguments(commands.add_parser("evaluate", help="accuracy, cost and time of passes on a model, over their parameters"))
     chosen = parser.parse_args(argv)
     console = Console()
     try:
@@ -30,9 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(passes_table())
         elif chosen.command == "pass":
             _print_pass(console, pass_class(chosen.name))
+        elif chosen.command == "evaluate":
+            command.run(chosen, console)
         else:
             console.print(_backends_table())
-    except RewriteError as error:
+    except (RewriteError, NotADirectoryError) as error:
         print(f"rewrite: {error}", file=sys.stderr)
         return 2
     return 0

@@ -70,6 +70,13 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Tokens are kept at random, in each row others; the same for the same seed and shapes. What other rules have to be better than."""
+
+    seed: int
+
+
+@dataclass(frozen=True)
 class Handed:
     """Those visual tokens are kept that were chosen where their vision tower ran, in an earlier graph."""
 
@@ -164,7 +171,7 @@ class Select:
     place: Place
     candidates: Literal["patches", "visual"]
     count: Count
-    rule: Received | Spread | Handed | Pooled
+    rule: Received | Spread | Drawn | Handed | Pooled
     by: str
     fuse: bool = False
     contextual: Contextual | None = None

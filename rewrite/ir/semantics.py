@@ -44,7 +44,7 @@ from rewrite.ir.operations import (
     VisualGroups,
 )
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Exit, Merge, Received, Spread, TokenOperation, first_layer
+from rewrite.ir.selection import Drawn, Exit, Merge, Received, Spread, TokenOperation, first_layer
 from rewrite.ir.site import Site
 from rewrite.ir.site_operations import (
     depthwise_conv,
@@ -261,6 +261,8 @@ def _leaving(
     if isinstance(one, Merge):
         raise ValueError(f"tokens of {site.name} are merged by what {one.site} is given")
     number = one.count.number(int(present[0].sum()), int(every[0].sum()))
+    if isinstance(one.rule, Drawn):
+        raise ValueError(f"which tokens have left {site.name} is drawn for the whole stream")
     if isinstance(one.rule, Spread):
         if site.layer != one.layer:
             raise ValueError(f"which tokens have left {site.name} is chosen by what enters another layer")

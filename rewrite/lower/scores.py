@@ -9,7 +9,7 @@ from torch import fx
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Statistic
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Exit, Handed, Irrelevant, Pooled, Received, Select, Spread, TokenOperation
+from rewrite.ir.selection import Drawn, Exit, Handed, Irrelevant, Pooled, Received, Select, Spread, TokenOperation
 from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.lowering import lower_operand, lower_statistic
 from rewrite.recognise.sites import Found, Recognition
@@ -91,7 +91,7 @@ class Scores:
         return copies
 
 
-def rule_of(one: Exit | Select) -> Received | Spread | Handed | Pooled | None:
+def rule_of(one: Exit | Select) -> Received | Spread | Drawn | Handed | Pooled | None:
     """What decides which tokens leave; None where nothing does."""
     if isinstance(one, Select):
         return one.rule

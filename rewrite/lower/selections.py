@@ -15,7 +15,7 @@ from torch import fx
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Parameter
 from rewrite.ir.program import Program
-from rewrite.ir.selection import ROUTER, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, TokenOperation, first_layer
+from rewrite.ir.selection import ROUTER, Drawn, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.fusing import attention_of, fuse_tokens
 from rewrite.lower.merging import Merged, Sizes, merge_tokens
@@ -203,6 +203,9 @@ class Selections:
             users = list(current.users)
         rule = rule_of(one)
         score = self.scores.of(one, rule, current, stream, left.kept) if isinstance(rule, Received) else None
+        if isinstance(rule, Drawn):
+            there = current if left.positions is None else left.positions
+            score = Cursor(self.graph, behind_inputs(self.graph, there)).call(choose.drawn, (there, rule.seed))
         needed = [node for node in (current, score, *_numbers(left)) if node is not None]
         if isinstance(one, Exit) or one.candidates == "visual":
             needed.append(self.visual(entry))

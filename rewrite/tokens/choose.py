@@ -40,6 +40,11 @@ def attention_received(received: Sequence[Tensor], tokens: int) -> Tensor:
     return torch.stack([one[..., one.shape[-1] - tokens :].mean(1) for one in received]).sum(0)
 
 
+def drawn(tokens: Tensor, seed: int) -> Tensor:
+    """[B, N]: a random score for each of the `tokens` [B, N, ...], the same for the same seed and shape."""
+    return torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(seed)).to(tokens.device)
+
+
 def received_as_one_head(query: Tensor, key: Tensor, start: int, stop: int | None) -> Tensor:
     """[B, 1, Nk]: what keys receive from the queries `start` to `stop`, all heads as one; query [B, H, Nq, D], key [B, Hkv, Nk, D]."""
     read = query[:, :, start:stop]
