@@ -1,0 +1,97 @@
+"""Pruning at random: what every method that chooses has to be better than. Importing this registers `random_tokens` and `random_patches`.
+
+Average pooling, the other floor, is the pass `matryoshka`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from passes.prune import choice
+from rewrite import AttentionInputs, Fits, Pass, Program, parameter, register_pass
+from rewrite.ir import Count, Drawn, Select
+
+
+@register_pass
+@dataclass(frozen=True)
+class RandomTokens(Pass):
+    """Visual tokens drawn at random, the share `keep` of them, go on in front of `layer` of the language model."""
+
+    name, family = "random_tokens", "prune"
+    paper = "none: the floor that other methods are measured against"
+    formula = "h_l = h_l[text and S], S drawn evenly, other ones in each row"
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+
+    keep: float = parameter(0.25, "share of the visual tokens that stay; 1.0 changes nothing")
+    layer: int = parameter(0, "the first layer without the others, from 0")
+    seed: int = parameter(0, "of the draw")
+
+    def check(self) -> None:
+        self.require(0.0 < self.keep <= 1.0, "keep", "above 0 and at most 1")
+        self.require(self.layer >= 0, "layer", "at least 0")
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(keep=1.0)
+
+    def apply(self, program: Program) -> Program:
+        for stack in choice.stacks(program):
+            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
+        return program
+
+    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
+        if self.keep == 1.0:
+            return choice.keeps_all(str(self))
+        if reason := choice.reason_against_entry(program, stack, choice.at_layer(program, stack, self.layer)):
+            return reason
+        return (Select(stack, self.layer, "before", "visual", Count(self.keep), Drawn(self.seed), str(self)),)
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """Plain attention, of the tokens that are there."""
+        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value
+
+
+@register_pass
+@dataclass(frozen=True)
+class RandomPatches(Pass):
+    """A vision transformer keeps at each of `layers` the share `keep` of its patches, drawn at random; CLS stays."""
+
+    name, family = "random_patches", "prune"
+    paper = "none: the floor that other methods are measured against"
+    formula = "x = [cls, x[S]], S drawn evenly, other ones in each row"
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True)
+
+    keep: float = parameter(0.7, "share of the patches that stay at each layer; 1.0 changes nothing")
+    layers: tuple[int, ...] = parameter((3, 6, 9), "the layers, from 0, between whose attention and MLP patches leave")
+    seed: int = parameter(0, "of the draw")
+
+    def check(self) -> None:
+        self.require(0.0 < self.keep <= 1.0, "keep", "above 0 and at most 1")
+        self.require(len(self.layers) > 0 and min(self.layers) >= 0, "layers", "numbers from 0")
+
+    @classmethod
+    def identity(cls) -> Self:
+        return cls(keep=1.0)
+
+    def apply(self, program: Program) -> Program:
+        for stack in choice.stacks(program):
+            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
+        return program
+
+    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
+        if self.keep == 1.0:
+            return choice.keeps_all(str(self))
+        sites = [choice.at_layer(program, stack, layer) for layer in sorted(self.layers)]
+        if None in sites:
+            return f"its stack does not have all of the layers {self.layers}"
+        count = Count(self.keep, "ceil")
+        return tuple(
+            Select(stack, layer, "between", "patches", count, Drawn(self.seed + layer), str(self)) for layer in sorted(self.layers)
+        )
+
+    def reference(self, attention: AttentionInputs) -> torch.Tensor:
+        """Plain attention: at the layer where patches leave, they do so behind it."""
+        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value
