@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 
 from codegen.backward_block import BackwardBlock, crowding, row_facts, way_of
+from codegen.interval_kernel import IntervalKernels
 from codegen.kernel_reads import Owner, axis_names, gathers
 from codegen.launching import dot_precision
 from codegen.names import identifiers
-from codegen.state_kernel import StateKernels
+from codegen.state_file import state_kernels
 from codegen.state_tiles import CARRIED, device_chunk, state_tile
 from codegen.tiles import BackwardTiles, Tile, backward_tiles, power_of_two, tile_for
 from rewrite.ir.errors import RewriteError
@@ -151,12 +152,17 @@ def compile_state(
 ) -> dict[str, CompiledKernel]:
     """Compile the state kernels of an emitted module; see `codegen.state_kernels.StateKernel.compile`."""
     _require(dtype)
-    kernels = StateKernels(attend, name)
-    features, tile = kernels.form.width(head_dim), state_tile(head_dim, value_dim, dtype.itemsize)
+    kernels = state_kernels(attend, name)
+    features = kernels.form.width(head_dim)
+    tile = state_tile(head_dim, value_dim, dtype.itemsize, intervals=isinstance(kernels, IntervalKernels))
     chunk = device_chunk(features, value_dim, tile)
     constants = {"BLOCK_DV": tile.block_v, "CHUNK": chunk, "FEATURES": features, "HEADS_PER_STATE": 1, "STATES_PER_KEY": 1}
     constants |= {"SIZE": features * value_dim, "BLOCK": CARRIED, "lse_stride_i": 1}
-    types = {**dict.fromkeys(("query", "key", "value", "out"), dtype), **dict.fromkeys(("states", "sums", "lse"), torch.float32)}
+    types = {
+        **dict.fromkeys(("query", "key", "value", "out"), dtype),
+        **dict.fromkeys(("states", "sums", "head_states", "head_sums", "lse"), torch.float32),
+    }
+    types |= dict.fromkeys(("key_order", "query_order", "begins", "ends", "chunk_begins"), torch.int32)
     place = Tile(tile.block_q, tile.block_k, tile.warps, tile.stages)
     parts = ["states", *(["carry"] if kernels.limited else []), "outputs"]
     calls = {part: _Call(module, f"{name}_{part}", attend, dtype, (head_dim, value_dim), place, tensor_dtypes) for part in parts}

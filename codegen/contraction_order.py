@@ -17,7 +17,9 @@ from typing import NamedTuple
 import sympy
 import torch
 
+from codegen.masks import visible_pairs
 from codegen.state_form import StateForm, state_form
+from rewrite.ir.expression import is_static
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import evaluate_expression, positions
 
@@ -69,12 +71,13 @@ class Sizes(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A chunk of queries. rows: a slice, or positions [n] int64 on the CPU. before: how many keys the state holds that all of them see;
-    until: how many keys any of them sees; those between are multiplied pair by pair."""
+    """A chunk of queries. rows: a slice, or positions [n] int64 on the CPU. The state holds the keys from `start` to `before`, which all of
+    them see; those from there to `until`, which any of them sees, are multiplied pair by pair. Keys are counted in the plan's order."""
 
     rows: slice | torch.Tensor
     before: int
     until: int
+    start: int = 0
 
     @property
     def n_rows(self) -> int:
@@ -103,25 +106,36 @@ def limits(form: StateForm, n_queries: int, n_keys: int) -> torch.Tensor:
 
 @lru_cache(maxsize=512)
 def state_plan(attend: Attend, sizes: Sizes) -> StatePlan | None:
-    """The plan by which a call computes the operation through its state; None where pair by pair is cheaper, or the only way."""
+    """The plan by which a call computes the operation through its state; None where pair by pair is cheaper, or the only way.
+
+    Of segments, as of a single one: their lengths are data (`codegen.interval_plan`), but for those that positions tell apart, whose pairs
+    are counted.
+    """
     form = state_form(attend)
     if isinstance(form, str) or not all(sizes):
         return None
     # Few queries, as in decoding: nothing has to be looked at.
-    whole = {"pairs": sizes.n_queries * sizes.n_keys}
-    if _value(_quadratic, sizes, whole) <= _value(_state, sizes, _counts(form, sizes, 0)):
+    whole = sizes.n_queries * sizes.n_keys
+    if not is_cheaper(sizes, counts_of(form, sizes, 0), whole):
         return None
     if form.limit is not None:
-        whole = {"pairs": int(limits(form, sizes.n_queries, sizes.n_keys).sum())}
+        whole = int(limits(form, sizes.n_queries, sizes.n_keys).sum())
+    if any(all(map(is_static, pair)) for pair in form.segments):
+        whole = visible_pairs(attend.mask, sizes.n_queries, sizes.n_keys)
     plan = chunked(form, sizes, best_chunk_of(form, sizes))
-    return plan if _value(_state, sizes, plan.counts) < _value(_quadratic, sizes, whole) else None
+    return plan if is_cheaper(sizes, plan.counts, whole) else None
 
 
 def best_chunk_of(form: StateForm, sizes: Sizes) -> int:
     """How many queries a call takes at a time."""
     if form.limit is None:
         return max(1, FEATURES_AT_A_TIME // (sizes.batch * sizes.heads * form.width(sizes.head_dim)))
-    counts = _counts(form, sizes, 0)
+    return best_limited_chunk(form, sizes)
+
+
+def best_limited_chunk(form: StateForm, sizes: Sizes) -> int:
+    """The same where its keys are multiplied pair by pair."""
+    counts = counts_of(form, sizes, 0)
     of_entries = COST_OF_AN_ENTRY * counts["Hs"] / sizes.heads * counts["F"] * counts["V"]
     return _rounded(best_chunk(counts["F"], counts["V"], COST_OF_A_CHUNK / (sizes.batch * sizes.heads) + of_entries))
 
@@ -129,12 +143,18 @@ def best_chunk_of(form: StateForm, sizes: Sizes) -> int:
 def chunked(form: StateForm, sizes: Sizes, chunk: int) -> StatePlan:
     """The plan that takes `chunk` queries at a time."""
     steps = _steps(limits(form, sizes.n_queries, sizes.n_keys), chunk)
-    return StatePlan(steps, _counts(form, sizes, sum(step.n_rows * (step.until - step.before) for step in steps)))
+    return StatePlan(steps, counts_of(form, sizes, sum(step.n_rows * (step.until - step.before) for step in steps)))
 
 
-def _counts(form: StateForm, sizes: Sizes, diagonal: int) -> dict[str, int]:
+def counts_of(form: StateForm, sizes: Sizes, diagonal: int) -> dict[str, int]:
+    """The numbers that `STATE` needs beside a call's sizes."""
     own = sizes.key_heads if form.shares_keys else sizes.heads
     return {"Hs": own, "F": form.width(sizes.head_dim), "V": sizes.value_dim + form.totals, "diagonal": diagonal}
+
+
+def is_cheaper(sizes: Sizes, counts: Mapping[str, int], pairs: int) -> bool:
+    """Whether `STATE` with these counts is below `QUADRATIC` with so many pairs."""
+    return _value(_state, sizes, counts) < _value(_quadratic, sizes, {"pairs": pairs})
 
 
 def _value(formula: Callable[..., float], sizes: Sizes, counts: Mapping[str, int]) -> float:

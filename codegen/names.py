@@ -21,6 +21,8 @@ _SKELETON_NAMES = """
     tile_list transposed_tile_list LISTED_MASK own_starts per_b per_h
     states sums state chunk chunks base place before decay seen feature entries own state_head state_place state_heads key_heads part size
     CHUNK FEATURES HEADS_PER_STATE STATES_PER_KEY SIZE BLOCK CARRIED state_tile device_chunk piece_of_keys
+    key_order query_order begins ends chunk_begins slots places head_states head_sums left goes_on previous last_key head
+    intervals mask_sides pairs PAIRED_MASK
     state_0 state_1 state_2 state_3 state_4 state_5 state_6 state_7 sum_0 sum_1 sum_2 sum_3 sum_4 sum_5 sum_6 sum_7
 """
 

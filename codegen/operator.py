@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from codegen.backward_kernel import has_triton_backward
-from codegen.contraction_order import Sizes, state_plan
 from codegen.kernel import has_triton_form
 from codegen.operands import named_operands, require_attention
 from codegen.ordered_launch import launch_attention_in_order, launch_backward_in_order
+from codegen.state_call import way_on_device
 from codegen.state_kernels import has_triton_state, has_triton_state_backward, state_gradients_on_device, state_kernel_for
 from codegen.torch_backward import attend_gradients
 from codegen.torch_streaming import attend_forward, output_like
@@ -60,13 +60,13 @@ def _attend_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     operation = Attend.from_json(attend)
     named = _named(operation, query, key, value, tensors)
-    by_state = state_plan(operation, Sizes.of(query, key, value)) is not None
-    if (has_triton_state if by_state else has_triton_form)(operation) is not None:
+    way = way_on_device(operation, (query, key, value), named, has_triton_state(operation))
+    if way == "torch" or (way == "pairs" and has_triton_form(operation) is not None):
         return attend_forward(operation, _rows(query), _rows(key), _rows(value), named)
     out, lse = output_like(query, value)
     if out.numel():
         with torch.cuda.device(query.device):
-            if by_state:
+            if way == "kernels":
                 state_kernel_for(attend).load().launch(_rows(query), _rows(key), _rows(value), tensors, out, lse)
             else:
                 launch_attention_in_order(attend, (_rows(query), _rows(key), _rows(value)), tensors, out, lse)
@@ -116,12 +116,12 @@ def _attend_backward_cuda(
     query, key, value, *tensors = operands
     named = _named(operation, query, key, value, tensors)
     names = tuple(list(named)[index] for index in wanted)
-    by_state = state_plan(operation, Sizes.of(query, key, value)) is not None
-    if by_state and has_triton_state_backward(operation, names) is None:
+    way = way_on_device(operation, (query, key, value), named, has_triton_state_backward(operation, names))
+    if way == "kernels":
         with torch.cuda.device(query.device):
             return state_gradients_on_device(operation, (grad_out, grad_lse), out, (query, key, value), named)
     # A grid of no programs cannot be launched.
-    if by_state or has_triton_backward(operation, names) is not None or not (query.numel() and key.numel() and value.numel()):
+    if way == "torch" or has_triton_backward(operation, names) is not None or not (query.numel() and key.numel() and value.numel()):
         return attend_gradients(operation, (grad_out, grad_lse), (query, key, value), named, names)
     gradients = (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
     received = (_rows(out), lse, _rows(grad_out), grad_lse)

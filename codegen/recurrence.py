@@ -105,7 +105,7 @@ def _readable(attend: Attend, one_query: bool, first: bool) -> tuple[Attend, ...
 def _follows_order(attend: Attend, first: bool) -> bool:
     """Whether a query sees every key up to its own; in a `first` call that is every one up to its place among the queries."""
     form = state_form(attend)
-    if isinstance(form, str) or form.limit is None or form.seen_queries != sympy.true:
+    if isinstance(form, str) or form.limit is None or form.segments or form.seen_queries != sympy.true:
         return False
     terms = form.limit.args if isinstance(form.limit, sympy.Min) else (form.limit,)
     past = NK - NQ

@@ -9,6 +9,7 @@ from codegen.contraction_order import Sizes, state_plan
 from codegen.given_kernel import summed
 from codegen.kernel import has_triton_form
 from codegen.received_kernel import exchanged
+from codegen.state_form import has_segments
 from codegen.state_kernels import has_triton_state_backward
 from codegen.statistic_kernels import has_triton_statistic
 from rewrite.ir.operations import Attend, Operation
@@ -34,7 +35,9 @@ def kernel_attention(operation: Operation) -> tuple[Attend, bool] | None:
 def reason_without_backward(attend: Attend, sizes: Mapping[str, int]) -> str | None:
     """Why the gradients of an attention of these sizes (B, H, Hkv, Nq, Nk, D, Dv) are found in torch operators, in words, or None."""
     if state_plan(attend, Sizes.named(sizes)) is not None:
-        return has_triton_state_backward(attend)
+        reason = has_triton_state_backward(attend)
+        if reason is None or not has_segments(attend):
+            return reason
     return has_triton_backward(attend)
 
 

@@ -1,4 +1,4 @@
-"""Whether a call of the torch lowering goes through the state, and with which operation.
+"""Whether a call goes through the state, and with which operation.
 
 Models hand causal masks and padding over as one tensor by query and key, which has no state form whatever it holds. On the CPU it is looked
 at: where it says of every pair what the padding of the keys and the order of the tokens say, it is read as these. That takes a comparison
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Literal
 
 import sympy
 import torch
 
 from codegen.contraction_order import Sizes, StatePlan, state_plan
-from codegen.state_form import state_form
+from codegen.interval_plan import interval_plan
+from codegen.intervals import by_integers, intervals
+from codegen.state_form import StateForm, has_segments, split_by_side, state_form
 from codegen.torch_state import StateReads
 from rewrite.ir.expression import NK, NQ, I, J, conjuncts, letters, tensor
 from rewrite.ir.operations import Attend
@@ -75,16 +78,49 @@ def mask_readings(attend: Attend) -> tuple[Reading, ...]:
     return tuple(found)
 
 
-def through_state(
-    attend: Attend, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tensors: Mapping[str, torch.Tensor]
-) -> tuple[StateReads, StatePlan] | None:
-    """What a call needs that goes through the state, or None where it goes pair by pair. operands: query, key, value."""
+Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Runs = list[tuple[StateReads, StatePlan]]
+
+
+def through_state(attend: Attend, operands: Operands, tensors: Mapping[str, torch.Tensor]) -> Runs | None:
+    """What a call needs that goes through the state, each part of its batch, or None where it goes pair by pair.
+
+    operands: query, key, value.
+    """
     sizes = Sizes.of(*operands)
+    on_cpu = operands[0].device.type == "cpu"
     plan = state_plan(attend, sizes)
     if plan is not None:
-        return StateReads(attend, operands, tensors), plan
-    for reading in mask_readings(attend) if operands[0].device.type == "cpu" else ():
+        return _runs(attend, operands, tensors, plan)
+    for reading in mask_readings(attend) if on_cpu else ():
         plan = state_plan(reading.attend, sizes)
         if plan is not None and reading.holds(tensors[reading.name], sizes.n_queries, sizes.n_keys):
-            return StateReads(reading.attend, operands, reading.tensors(tensors)), plan
+            return _runs(reading.attend, operands, reading.tensors(tensors), plan)
     return None
+
+
+def _runs(attend: Attend, operands: Operands, tensors: Mapping[str, torch.Tensor], plan: StatePlan) -> Runs | None:
+    """Of an operation whose segments, if it has any, are known where the call runs: on the CPU. plan: as of one segment."""
+    if not has_segments(attend):
+        return [(StateReads(attend, operands, tensors), plan)]
+    sides = split_by_side(attend.mask)
+    if operands[0].device.type != "cpu" or not by_integers(sides, tensors):
+        return None
+    form = state_form(attend)
+    assert isinstance(form, StateForm)
+    found = interval_plan(form, Sizes.of(*operands), intervals(sides, tensors, operands[0], operands[1]))
+    return None if found is None else [(StateReads(attend, operands, tensors, places), steps) for places, steps in found]
+
+
+# How a call is computed on a device: by kernels that carry a state, through it in torch operators, or pair by pair.
+Way = Literal["kernels", "torch", "pairs"]
+
+
+def way_on_device(attend: Attend, operands: Operands, tensors: Mapping[str, torch.Tensor], without_kernels: str | None) -> Way:
+    """By the sizes of a call alone. without_kernels: why no kernels carry a state for it, or None.
+
+    In torch operators segments would have to be looked at, so that their pairs are computed instead.
+    """
+    if state_plan(attend, Sizes.of(*operands)) is None or not by_integers(split_by_side(attend.mask), tensors):
+        return "pairs"
+    return "kernels" if without_kernels is None else "pairs" if has_segments(attend) else "torch"

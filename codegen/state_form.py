@@ -8,22 +8,28 @@ is a dot product of features: of the query, query_t times query[i,:] or one; of 
 sum_j (features[i] . features[j]) value[j] is features[i] times the *state* sum_j features[j] value[j]^T: Nq + Nk products of F x Dv
 instead of Nq Nk of F + Dv (Katharopoulos et al. 2020). Where a query sees the first limit(i) keys the state grows from chunk to chunk of
 queries, and what is new within a chunk is multiplied pair by pair; an exponential in j - i carries over as a decay of the state (Sun et
-al. 2023, Qin et al. 2024), relative to the last key that it holds, so that no factor is larger than a weight.
+al. 2023, Qin et al. 2024), relative to the last key that it holds, so that no factor is larger than a weight. Where a query sees the keys
+of its own segment alone (packed sequences), each segment has a state of its own, which grows in the same way.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import sympy
 from sympy.logic.boolalg import Boolean
 
 from codegen.masks import depends_on_positions_only
+from codegen.tile_masks import sides_of
 from codegen.weight_form import weight_factor
 from rewrite.ir.errors import RewriteError
 from rewrite.ir.expression import NK, NQ, QK, H, I, J, conjuncts
 from rewrite.ir.operations import Attend
+
+# Of a query and of a key, what agrees where both are of one segment.
+Segments = tuple[tuple[sympy.Expr, sympy.Expr], ...]
 
 
 @dataclass(frozen=True)
@@ -41,7 +47,8 @@ class StateForm:
 
     features: the score's terms. value: what a value is multiplied by, at b, h, j. result: what a result is multiplied by, at b, h, i.
     seen_keys, seen_queries: which keys (queries) take part at all, predicates at b, h, j (b, h, i). limit: how many of the first keys a
-    query sees, an integer expression in i, Nq and Nk that may leave 0..Nk; None where it sees all. rate, shift: of the decay
+    query sees, an integer expression in i, Nq and Nk that may leave 0..Nk; None where it sees all. segments: pairs of an expression at b, i
+    and one at b, j, all of which agree where a query sees a key; none where there are no segments. rate, shift: of the decay
     ``exp(rate (j - i - shift))``, rate at b, h and shift an integer expression in Nq and Nk; a rate of zero is no decay.
     totals: whether the sum of the scores is needed too.
     """
@@ -52,6 +59,7 @@ class StateForm:
     seen_keys: Boolean
     seen_queries: Boolean
     limit: sympy.Expr | None
+    segments: Segments
     rate: sympy.Expr
     shift: sympy.Expr
     totals: bool
@@ -76,6 +84,12 @@ def state_form(attend: Attend) -> StateForm | str:
         return str(reason)
 
 
+def has_segments(attend: Attend) -> bool:
+    """Whether its states are of segments, whose lengths are data or expressions in positions."""
+    form = state_form(attend)
+    return isinstance(form, StateForm) and bool(form.segments)
+
+
 def _state_form(attend: Attend) -> StateForm:
     if attend.normaliser == "softmax":
         raise RewriteError("a softmax is no product of queries and keys")
@@ -93,16 +107,16 @@ def _state_form(attend: Attend) -> StateForm:
     exponents = {exponent for *_, exponent in terms}
     if len(exponents) > 1:
         raise RewriteError(f"the terms of the score {attend.score} decay differently")
-    seen_keys, seen_queries, limit = _mask(attend.mask)
+    mask = split_by_side(attend.mask)
     rate, shift, constant = _decay(exponents.pop())
-    if rate != 0 and limit is None:
+    if rate != 0 and mask.limit is None:
         raise RewriteError(f"the score {attend.score} grows with the distance of keys that come later, and no mask hides these")
     gathered: dict[tuple[bool, sympy.Expr], sympy.Expr] = {}
     for dot, query, key, _ in terms:
         gathered[dot, key] = gathered.get((dot, key), sympy.Integer(0)) + query * constant
     features = tuple(Feature(query, key, dot) for (dot, key), query in gathered.items())
     ((result, value, _),) = of_weight
-    return StateForm(features, value, result, seen_keys, seen_queries, limit, rate, shift, attend.normaliser == "sum")
+    return StateForm(features, value, result, *mask, rate, shift, attend.normaliser == "sum")
 
 
 def _terms(expression: sympy.Expr) -> list[tuple[sympy.Expr, sympy.Expr, sympy.Expr]]:
@@ -140,17 +154,33 @@ def _decay(exponent: sympy.Expr) -> tuple[sympy.Expr, sympy.Expr, sympy.Expr]:
     return rate, sympy.Integer(0), sympy.exp(rest)
 
 
-def _mask(mask: Boolean) -> tuple[Boolean, Boolean, sympy.Expr | None]:
-    """(which keys, which queries take part, the limit)."""
+class MaskSides(NamedTuple):
+    """The parts of a mask, as `StateForm` has them."""
+
+    seen_keys: Boolean
+    seen_queries: Boolean
+    limit: sympy.Expr | None
+    segments: Segments
+
+
+@lru_cache(maxsize=1024)
+def split_by_side(mask: Boolean) -> MaskSides:
+    """Raises `RewriteError` for a mask that is no conjunction of such parts."""
     keys, queries, limit = sympy.true, sympy.true, NK
+    segments: list[tuple[sympy.Expr, sympy.Expr]] = []
     for term in conjuncts(mask):
         if I not in term.free_symbols:
             keys = sympy.And(keys, term)
         elif J not in term.free_symbols:
             queries = sympy.And(queries, term)
+        elif isinstance(term, sympy.Eq) and (sides := sides_of(term)) is not None:
+            whole = term.xreplace({read: sympy.Dummy(integer=True) for read in term.atoms(sympy.Indexed)})
+            if H in term.free_symbols or not all(side.is_integer for side in whole.args):
+                raise RewriteError(f"the mask {term} gives each head segments of its own, or none that integers tell apart")
+            segments.append(sides if I in sides[0].free_symbols else sides[::-1])
         else:
             limit = sympy.Min(limit, _limit(term))
-    return keys, queries, None if limit == NK else limit
+    return MaskSides(keys, queries, None if limit == NK else limit, tuple(segments))
 
 
 def _limit(predicate: Boolean) -> sympy.Expr:

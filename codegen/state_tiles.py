@@ -30,6 +30,13 @@ _HALF: dict[int, StateTile] = {
     128: StateTile(64, 64, 64, 8, 2),
     256: StateTile(32, 32, 32, 8, 1),
 }
+# The same where a tile of queries goes through the chunks in which their keys end (`codegen.interval_kernel`): the walk in a walk takes
+# registers, and Hopper's products of 64 rows more of them.
+_INTERVALS: dict[int, StateTile] = {
+    64: StateTile(32, 64, 64, 8, 1),
+    128: StateTile(32, 64, 64, 8, 2),
+    256: StateTile(16, 32, 16, 8, 1),
+}
 # The same for float32, multiplied without tensor cores unless TF32 was allowed.
 _SINGLE: dict[int, StateTile] = {
     64: StateTile(32, 32, 32, 8, 1),
@@ -46,9 +53,10 @@ COST_OF_AN_ENTRY = 2400
 LARGEST_CHUNK = 256
 
 
-def state_tile(head_dim: int, value_dim: int, element_size: int) -> StateTile:
-    """The tile for a head dim, a value dim and bytes per element."""
-    table, width = _HALF if element_size == 2 else _SINGLE, max(64, power_of_two(head_dim))
+def state_tile(head_dim: int, value_dim: int, element_size: int, intervals: bool = False) -> StateTile:
+    """The tile for a head dim, a value dim and bytes per element; intervals: of the kernels for these."""
+    half = _INTERVALS if intervals else _HALF
+    table, width = half if element_size == 2 else _SINGLE, max(64, power_of_two(head_dim))
     if width not in table:
         raise RewriteError(f"no tile for head dim {head_dim}: kernels that carry a state go up to {max(table)}")
     tile = table[width]

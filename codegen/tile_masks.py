@@ -69,11 +69,11 @@ def is_known_by_tile(term: Boolean) -> bool:
         return all(is_known_by_tile(argument) for argument in term.args)
     if depends_on_positions_only(term) or not {I, J} <= term.free_symbols:
         return True
-    return isinstance(term, sympy.Rel) and (_sides(term) is not None or _table(term) is not None)
+    return isinstance(term, sympy.Rel) and (sides_of(term) is not None or _table(term) is not None)
 
 
 @lru_cache(maxsize=1024)
-def _sides(term: sympy.Rel) -> tuple[sympy.Expr, sympy.Expr] | None:
+def sides_of(term: sympy.Rel) -> tuple[sympy.Expr, sympy.Expr] | None:
     """The two sides of a relation, one of the query and one of the key; None where it has no such sides.
 
     Integers are moved from one side to the other, which is exact.
@@ -141,7 +141,7 @@ class _Tiles:
             return TileMask(*(reduce(join, maps) for maps in zip(*map(self.known, parts), strict=True)))
         if not {I, J} <= term.free_symbols:
             return self._along(torch.as_tensor(self._value(term), device=self.device))
-        table, sides = _table(term), _sides(term)
+        table, sides = _table(term), sides_of(term)
         return self._looked_up(term, table) if sides is None else self._compared(type(term), *sides)
 
     def _value(self, expression: sympy.Basic) -> Any:

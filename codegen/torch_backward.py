@@ -43,7 +43,7 @@ def attend_gradients(
     dtype = accumulation_dtype(query.dtype)
     gradients, by_state = TensorGradients(attend.tensors(), tensors, wanted), through_state(attend, operands, tensors)
     if by_state is not None:
-        found = state_gradients(*by_state, received, gradients)
+        found = state_gradients(by_state, received, gradients)
         return [*found, *(gradient.result() for gradient in gradients)]
     chosen = gathered(attend, query, key, tensors)
     if chosen is None:

@@ -6,7 +6,8 @@ sum is needed), r the rate of the decay, and S the state of the keys before a ch
     o[i] = exp(r (p - i - shift)) f[i] S + sum_{j of the chunk, seen} exp(r (j - i - shift)) (f[i] . f[j]) u[j]
     S'   = exp(r (p - p')) S + sum_{p < j <= p'} exp(r (j - p')) f[j] u[j]^T
 
-Without a limit the first state holds all keys, and chunks have none of their own.
+Without a limit the first state holds all keys, and chunks have none of their own. Where queries see segments of the keys, the state begins
+anew with each of them, and distances are between positions, places being of the keys as they are sorted (`codegen.interval_plan`).
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import torch
 
 from codegen.base_two import LOG2_E
 from codegen.contraction_order import FEATURES_AT_A_TIME, StatePlan, Step, limits
+from codegen.interval_plan import Places
 from codegen.normalise import divided
 from codegen.score_block import ScoreBlock, dot, sum_over_queries, weighted_sum
 from codegen.state_form import Feature, StateForm, state_form
 from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative
-from codegen.visits import Visit
+from codegen.visits import Planes, Visit, as_slice
 from rewrite.ir.expression import TOTAL
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import evaluate_expression
@@ -133,20 +135,30 @@ class KeyChunk(_Side):
 
 
 class StateReads:
-    """What the chunks of one call read. heads: how many have a state of their own. rate [B or 1, H or 1, 1, 1], or None without a decay."""
+    """What the chunks of one call read, or of some rows of its batch.
+
+    heads: how many have a state of their own. rate [B or 1, H or 1, 1, 1], or None without a decay. batch: how many rows.
+    """
 
     def __init__(
-        self, attend: Attend, operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor], tensors: Mapping[str, torch.Tensor]
+        self,
+        attend: Attend,
+        operands: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        tensors: Mapping[str, torch.Tensor],
+        places: Places | None = None,
     ) -> None:
-        """operands: query, key, value."""
+        """operands: query, key, value. places: where queries see intervals of the keys, the rows of the batch and the order of these."""
         form = state_form(attend)
         assert isinstance(form, StateForm)
         self.attend, self.form, self.tensors = attend, form, tensors
         self.query, self.key, self.value = operands
         self.dtype = accumulation_dtype(self.query.dtype)
         self.heads = self.key.shape[1] if form.shares_keys else self.query.shape[1]
-        self.limits = limits(form, self.query.shape[2], self.key.shape[2]).to(self.query.device)
-        self.rate_block = self.block(Visit(_NONE, _NONE, None))
+        self.places, self.planes = places, Planes() if places is None else Planes(places.batch)
+        self.batch = len(range(self.query.shape[0])[self.planes.batch])
+        limited = limits(form, self.query.shape[2], self.key.shape[2]) if places is None else places.ends
+        self.limits = limited.to(self.query.device)
+        self.rate_block = self.block(Visit(_NONE, _NONE, None, planes=self.planes))
         self.rate = None if form.rate == 0 else self._of_head(form.rate)
         self.shift = int(torch.as_tensor(self.rate_block.evaluate(form.shift)))
 
@@ -159,11 +171,17 @@ class StateReads:
 
     def queries(self, step: Step) -> QueryChunk:
         rows = step.rows if isinstance(step.rows, slice) else step.rows.to(self.query.device)
-        visit = Visit(rows, _NONE, None)
+        visit = Visit(rows, _NONE, None, planes=self.planes)
         return QueryChunk(visit.queries(self.query, 2).to(self.dtype), self.form, self.block(visit), visit)
 
+    def position(self, place: int) -> int:
+        """Of the key at a place."""
+        return place if self.places is None else int(self.places.key_order[place])
+
     def keys(self, columns: slice) -> KeyChunk:
-        visit = Visit(_NONE, columns, None)
+        """columns: places."""
+        chosen = columns if self.places is None else as_slice(self.places.key_order[columns], self.query.device)
+        visit = Visit(_NONE, chosen, None, planes=self.planes)
         rows, values = (
             visit.keys(t, 2).to(self.dtype).repeat_interleave(self.heads // t.shape[1], dim=1) for t in (self.key, self.value)
         )  # fmt: skip
@@ -171,7 +189,7 @@ class StateReads:
 
     def parts(self, first: int, last: int) -> Iterator[KeyChunk]:
         """Keys first <= j < last, as many at a time as a cache holds."""
-        wide = self.query.shape[0] * self.heads * max(self.form.width(self.key.shape[3]), self.value.shape[3])
+        wide = self.batch * self.heads * max(self.form.width(self.key.shape[3]), self.value.shape[3])
         block = max(1, FEATURES_AT_A_TIME // wide)
         for at in range(first, last, block):
             yield self.keys(slice(at, min(at + block, last)))
@@ -185,24 +203,38 @@ class StateReads:
     def new_state(self) -> torch.Tensor:
         """[B, Hs, F, V]: the state of no keys."""
         columns = self.value.shape[3] + self.form.totals
-        return self.query.new_zeros(self.query.shape[0], self.heads, self.form.width(self.key.shape[3]), columns, dtype=self.dtype)
+        return self.query.new_zeros(self.batch, self.heads, self.form.width(self.key.shape[3]), columns, dtype=self.dtype)
 
-    def next_state(self, state: torch.Tensor, before: int, until: int) -> torch.Tensor:
-        """The state of the keys j < until from that of j < before."""
+    def is_empty(self, start: int, before: int) -> bool:
+        """Whether a segment's state holds no key yet. That of a whole row may hold keys in front of the call's."""
+        return self.places is not None and start == before
+
+    def next_state(self, state: torch.Tensor, before: int, until: int, start: int = 0) -> torch.Tensor:
+        """The state of the keys start <= j < until from that of j < before."""
         if before == until:
             return state
-        if self.rate is not None:
-            state = state * self.decay(before - until)
+        if self.rate is not None and not self.is_empty(start, before):
+            state = state * self.decay(self.position(before - 1) - self.position(until - 1))
         for keys in self.parts(before, until):
             features = keys.features
             if self.rate is not None:
-                features = features * self.decay(distances(keys.block, until - 1))
+                features = features * self.decay(distances(keys.block, self.position(until - 1)))
             state = state + sum_over_queries(features, keys.values, self.heads)
         return state
 
-    def to_state(self, queries: QueryChunk, before: int) -> torch.Tensor | None:
+    def to_state(self, queries: QueryChunk, step: Step) -> torch.Tensor | None:
         """Distances [1, 1, n, 1] of the last key of a state to the queries of a chunk, negative to those that come later."""
-        return None if self.rate is None else before - 1 - self.shift - queries.block.values["i"]
+        if self.rate is None or self.is_empty(step.start, step.before):
+            return None
+        found: torch.Tensor = self.position(step.before - 1) - self.shift - queries.block.values["i"]
+        return found
+
+    def hidden(self, step: Step) -> torch.Tensor:
+        """[n, m]: which of a step's queries do not see which of its own keys."""
+        rows = step.rows if isinstance(step.rows, slice) else step.rows.to(self.limits.device)
+        columns = torch.arange(step.before, step.until, device=self.limits.device)
+        hidden = columns >= self.limits[rows][:, None]
+        return hidden if self.places is None else hidden | (columns < self.places.begins[rows][:, None])
 
 
 def distances(block: ScoreBlock, last: int) -> torch.Tensor:
@@ -221,8 +253,7 @@ class ChunkScores:
         columns = keys.block.values["j"][..., : step.until - step.before]
         self.features = keys.features[:, :, : step.until - step.before]
         self.values = keys.values[:, :, : step.until - step.before]
-        rows = step.rows if isinstance(step.rows, slice) else step.rows.to(columns.device)
-        self.hidden = columns[0, 0] >= reads.limits[rows][:, None]
+        self.hidden = reads.hidden(step)
         self.distances = None if reads.rate is None else (columns - queries.block.values["i"] - reads.shift).masked_fill(self.hidden, 0)
         self.decays = None if self.distances is None else reads.decay(self.distances)
         self.weights = self.seen(dot(queries.features, self.features))
@@ -237,7 +268,7 @@ def chunk_sums(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """([B, H, n, V] of a chunk, the part of it that the state gives)."""
     of_state = weighted_sum(queries.features, state)
-    distance = reads.to_state(queries, step.before)
+    distance = reads.to_state(queries, step)
     if distance is not None:
         of_state = of_state * reads.decay(distance)
     return (of_state if scores is None else of_state + weighted_sum(scores.weights, scores.values)), of_state
@@ -251,14 +282,18 @@ def state_forward(
     before: the state of keys in front of those of the call, of which every query sees all.
     """
     out, lse = results
-    state, held = reads.new_state() if before is None else before, 0
+    if reads.places is not None:
+        out[reads.planes.batch] = 0.0
+        lse[reads.planes.batch] = -torch.inf if reads.form.totals else 0.0
+    state, start, held = reads.new_state() if before is None else before, 0, 0
     for step in plan.steps:
-        state, held = reads.next_state(state, held, step.before), step.before
+        if step.start != start:
+            state, start, held = reads.new_state(), step.start, step.start
+        state, held = reads.next_state(state, held, step.before, start), step.before
         queries = reads.queries(step)
         own = reads.keys(slice(step.before, step.until)) if step.until > step.before else None
         scores = None if own is None else ChunkScores(reads, step, queries, own)
         found, total = queries.finished(chunk_sums(reads, step, state, queries, scores)[0])
-        rows = queries.visit.rows
-        out[:, :, rows] = found.to(out.dtype)
-        lse[:, :, rows] = total.to(lse.dtype)
+        out[queries.visit.of_queries] = found.to(out.dtype)
+        lse[queries.visit.of_queries] = total.to(lse.dtype)
     return state, held

@@ -12,6 +12,8 @@ and the rate gets, from every exponential, its distance times what it weighs. Th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from codegen.contraction_order import StatePlan, Step
@@ -21,14 +23,15 @@ from codegen.torch_state import ChunkScores, KeyChunk, QueryChunk, StateReads, c
 
 
 class _Backward:
-    """The gradients of one call, in the accumulation dtype."""
+    """The gradients of one run, added to those of query, key and value in the accumulation dtype."""
 
-    def __init__(self, reads: StateReads, received: tuple[torch.Tensor, torch.Tensor], gradients: TensorGradients) -> None:
+    def __init__(
+        self, reads: StateReads, received: tuple[torch.Tensor, torch.Tensor], gradients: TensorGradients, totals: Sequence[torch.Tensor]
+    ) -> None:
         self.reads, self.received, self.gradients = reads, received, gradients
-        operands = (reads.query, reads.key, reads.value)
-        self.d_query, self.d_key, self.d_value = (torch.zeros(t.shape, dtype=reads.dtype, device=t.device) for t in operands)
+        self.d_query, self.d_key, self.d_value = totals
         self.d_state = torch.zeros_like(reads.new_state())
-        self.d_rate = None if reads.rate is None else reads.query.new_zeros(*reads.query.shape[:2], 1, 1, dtype=reads.dtype)
+        self.d_rate = None if reads.rate is None else reads.query.new_zeros(reads.batch, reads.query.shape[1], 1, 1, dtype=reads.dtype)
 
     def _count(self, terms: torch.Tensor) -> None:
         """Add to the gradient of the rate: terms [B, H, .., ..], each times its distance."""
@@ -41,9 +44,9 @@ class _Backward:
             (self.d_key, keys.gradient(d_features, self.gradients)),
             (self.d_value, keys.values_gradient(d_values, self.gradients)),
         ):
-            total[:, :, columns] += part.view(part.shape[0], total.shape[1], -1, *part.shape[2:]).sum(2)
+            total[self.reads.planes.batch, :, columns] += part.view(part.shape[0], total.shape[1], -1, *part.shape[2:]).sum(2)
 
-    def through_growth(self, state: torch.Tensor, before: int, until: int) -> None:
+    def through_growth(self, state: torch.Tensor, before: int, until: int, start: int) -> None:
         """Back through `StateReads.next_state`."""
         reads = self.reads
         if before == until:
@@ -51,14 +54,15 @@ class _Backward:
         for keys in reads.parts(before, until):
             d_features, d_values = keys.values @ self.d_state.transpose(-2, -1), keys.features @ self.d_state
             if reads.rate is not None:
-                distance = distances(keys.block, until - 1)
+                distance = distances(keys.block, reads.position(until - 1))
                 decay = reads.decay(distance)
                 d_features, d_values = d_features * decay, d_values * decay
                 self._count(distance * (d_values * keys.values).sum(-1, keepdim=True))
             self._give_keys(keys, d_features, d_values)
-        if reads.rate is not None:
-            self.d_state = self.d_state * reads.decay(before - until)
-            self._count((before - until) * (self.d_state * state).sum((2, 3), keepdim=True))
+        if reads.rate is not None and not reads.is_empty(start, before):
+            grown = reads.position(before - 1) - reads.position(until - 1)
+            self.d_state = self.d_state * reads.decay(grown)
+            self._count(grown * (self.d_state * state).sum((2, 3), keepdim=True))
 
     def through_chunk(self, step: Step, state: torch.Tensor) -> None:
         """Back through the sums of a chunk; what its state receives is added to that of the state."""
@@ -68,7 +72,7 @@ class _Backward:
         sums, of_state = chunk_sums(reads, step, state, queries, scores)
         d_out, d_lse = (queries.visit.queries(t, 2).to(reads.dtype) for t in (self.received[0], self.received[1][..., None]))
         d_sums = queries.sums_gradient(sums, d_out, d_lse, self.gradients)
-        d_of_state, distance = d_sums, reads.to_state(queries, step.before)
+        d_of_state, distance = d_sums, reads.to_state(queries, step)
         if distance is not None:
             self._count(distance * (d_sums * of_state).sum(-1, keepdim=True))
             d_of_state = d_sums * reads.decay(distance)
@@ -76,7 +80,7 @@ class _Backward:
         self.d_state = self.d_state + sum_over_queries(queries.features, d_of_state, reads.heads)
         if own is not None and scores is not None:
             d_features = d_features + self._through_scores(queries, own, scores, d_sums)
-        self.d_query[:, :, queries.visit.rows] = queries.gradient(d_features, self.gradients)
+        self.d_query[queries.visit.of_queries] = queries.gradient(d_features, self.gradients)
 
     def _through_scores(self, queries: QueryChunk, own: KeyChunk, scores: ChunkScores, d_sums: torch.Tensor) -> torch.Tensor:
         """The gradient that the queries' features get from the chunk's own keys; theirs is added."""
@@ -90,24 +94,35 @@ class _Backward:
 
 
 def state_gradients(
-    reads: StateReads, plan: StatePlan, received: tuple[torch.Tensor, torch.Tensor], gradients: TensorGradients
+    runs: Sequence[tuple[StateReads, StatePlan]], received: tuple[torch.Tensor, torch.Tensor], gradients: TensorGradients
 ) -> list[torch.Tensor]:
     """Gradients of query, key and value, shaped and typed as these are; the tensors' are added to `gradients`.
 
-    received: the gradients of out [B, H, Nq, Dv] and of lse [B, H, Nq].
+    runs: what each part of the batch reads, and its steps. received: the gradients of out [B, H, Nq, Dv] and of lse [B, H, Nq].
     """
-    states, state, held = [], reads.new_state(), 0
+    reads = runs[0][0]
+    operands = (reads.query, reads.key, reads.value)
+    totals = [torch.zeros(operand.shape, dtype=reads.dtype, device=operand.device) for operand in operands]
+    for reads, plan in runs:
+        _add_run(reads, plan, _Backward(reads, received, gradients, totals))
+    return [total.to(operand.dtype) for total, operand in zip(totals, operands, strict=True)]
+
+
+def _add_run(reads: StateReads, plan: StatePlan, backward: _Backward) -> None:
+    states: list[torch.Tensor] = []
+    state, start, held = reads.new_state(), 0, 0
     for step in plan.steps:
-        state, held = reads.next_state(state, held, step.before), step.before
+        if step.start != start:
+            state, start, held = reads.new_state(), step.start, step.start
+        state, held = reads.next_state(state, held, step.before, start), step.before
         states.append(state)
-    backward = _Backward(reads, received, gradients)
-    places = [0, *(step.before for step in plan.steps)]
     for place, step in reversed(list(enumerate(plan.steps))):
         backward.through_chunk(step, states[place])
-        previous = states[place - 1] if place else reads.new_state()
-        backward.through_growth(previous, places[place], places[place + 1])
+        goes_on = place > 0 and plan.steps[place - 1].start == step.start
+        previous, held = (states[place - 1], plan.steps[place - 1].before) if goes_on else (reads.new_state(), step.start)
+        backward.through_growth(previous, held, step.before, step.start)
+        if not goes_on:
+            backward.d_state = torch.zeros_like(previous)
     if backward.d_rate is not None:
         block = reads.rate_block
-        gradients.through(reads.form.rate, backward.d_rate, block.values, block.visit)
-    totals = (backward.d_query, reads.query), (backward.d_key, reads.key), (backward.d_value, reads.value)
-    return [total.to(operand.dtype) for total, operand in totals]
+        backward.gradients.through(reads.form.rate, backward.d_rate, block.values, block.visit)

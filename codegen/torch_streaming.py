@@ -152,7 +152,8 @@ def attend_forward(
     by_state = through_state(attend, (query, key, value), tensors)
     if by_state is not None:
         out, lse = output_like(query, value)
-        state_forward(*by_state, (out, lse))
+        for reads, plan in by_state:
+            state_forward(reads, plan, (out, lse))
         return out, lse
     linear, chosen = fused_score(attend), gathered(attend, query, key, tensors)
     if linear is not None and query.device.type == "cpu":

@@ -8,6 +8,7 @@ import sympy
 import torch
 from attention_forms import Shape, operands, plain
 
+from codegen import packed
 from rewrite.ir import NK, NQ, QK, TOTAL, Attend, B, I, J, W, read, tensor
 
 UNNORMALISED = replace(plain(), normaliser="none")
@@ -49,6 +50,12 @@ FORMS: dict[str, tuple[Attend, bool]] = {
     "prefix": (replace(UNNORMALISED, score=QK / NK, mask=sympy.Or(I < 3, J < 5, J <= I)), True),
     "frames": (replace(NORMALISED, mask=sympy.floor(J / 7) <= sympy.floor(I / 7)), True),
     "columns": (replace(UNNORMALISED, score=tensor("column", "bhj")), False),
+    "packed": (packed(NORMALISED), False),
+    "packed, causal": (packed(replace(NORMALISED, mask=CAUSAL)), True),
+    "packed, gated, padded": (packed(gated()), False),
+    "packed, padded and decaying": (packed(replace(lightning(), mask=sympy.And(CAUSAL, SEEN))), True),
+    "packed, prefix": (packed(replace(UNNORMALISED, score=QK, mask=sympy.Or(J < 5, J <= I))), True),
+    "windows, packed": (packed(replace(NORMALISED, mask=sympy.Eq(sympy.floor(I / 7), sympy.floor(J / 7)))), False),
 }
 
 

@@ -21,7 +21,6 @@ from rewrite.ir import QK, Attend, RewriteError, tensor
 from rewrite.ir.semantics import attend, attention_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-KERNELS = [name for name, (operation, _) in FORMS.items() if has_triton_state(operation) is None]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +30,9 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 
 def test_what_is_left_to_torch_says_why() -> None:
-    without = {name: has_triton_state(operation) for name, (operation, _) in FORMS.items() if name not in KERNELS}
-    assert without.keys() == {"prefix", "frames"}
-    assert all("j <= i + n only" in (reason or "") for reason in without.values())
+    assert not any(has_triton_state(operation) for operation, _ in FORMS.values())
+    nine = sum((tensor(f"key{n}", "bj") * tensor(f"query{n}", "bi") for n in range(9)), start=QK)
+    assert "8 at most" in str(has_triton_state(replace(NORMALISED, score=nine)))
     with pytest.raises(RewriteError, match="together"):
         emit_state(replace(NORMALISED, score=QK + tensor("bias", "ij")))
 
@@ -46,7 +45,7 @@ shapes = st.builds(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", KERNELS)
+@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=2, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(shape=shapes, dtype=st.sampled_from(DTYPES), rate=st.sampled_from([1e-4, 0.1, 3.0]), broadcast=st.booleans())
 def test_form(interpreter: ProcessPoolExecutor, form: str, shape: Shape, dtype: torch.dtype, rate: float, broadcast: bool) -> None:
@@ -122,7 +121,10 @@ def backward_of(operation: Attend) -> tuple[Attend, Attend]:
         (lightning(), "sm_80", 128),
         (lightning(), "sm_90", 64),
         (FORMS["gated, causal"][0], "sm_80", 64),
+        (FORMS["packed, padded and decaying"][0], "sm_80", 64),
+        (FORMS["packed, causal"][0], "sm_90", 128),
         *((each, "sm_90", 128) for each in backward_of(FORMS["hedgehog, causal"][0])),
+        (backward_of(FORMS["packed, causal"][0])[1], "sm_80", 256),
     ],
 )
 def test_nothing_spills(operation: Attend, target: str, head_dim: int) -> None:

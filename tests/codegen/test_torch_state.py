@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import sympy
@@ -18,6 +19,7 @@ from test_torch_lowering import Largest
 
 from codegen import state_call, torch_streaming
 from codegen.contraction_order import Sizes, StatePlan, chunked, state_plan
+from codegen.interval_plan import interval_steps
 from codegen.operator import attend, attend_op
 from codegen.state_form import StateForm, state_form
 from codegen.torch_backward import attend_gradients
@@ -39,6 +41,7 @@ def by_state(chunk: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state_call, "state_plan", plan)
+        patch.setattr(state_call, "interval_plan", partial(interval_steps, chunk=chunk))
         patch.setattr(torch_streaming, "output_like", poisoned)
         yield
 
