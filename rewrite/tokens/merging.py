@@ -50,15 +50,21 @@ def ones_each(stream: Tensor) -> Tensor:
 
 def merged_sizes(sizes: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
     """The sizes [B, N - r] of the tokens that a match leaves, from sizes [B, N]."""
-    return _summed(sizes[..., None], stays, merged, target)[..., 0]
+    return sizes.gather(1, stays).scatter_add(1, target, sizes.gather(1, merged))
 
 
 def merged_tokens(stream: Tensor, sizes: Tensor, after: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
     """The tokens [B, N - r, C] that a match leaves: the mean, weighted by size, of each with those that go into it.
 
-    stream [B, N, C]. sizes [B, N]. after: what `merged_sizes` makes of these.
+    stream [B, N, C]. sizes [B, N]. after: what `merged_sizes` makes of these. It is x_t + sum_m (x_m - x_t) s_m / after_t over the m that
+    go into t, so that only these are weighted. Whole tokens are added, which is faster than entry by entry.
     """
-    return (_summed(stream.to(sizes.dtype) * sizes[..., None], stays, merged, target) / after[..., None]).to(stream.dtype)
+    kept, moved = (gather_tokens(stream, places, 1).to(sizes.dtype) for places in (stays, merged))
+    shares = sizes.gather(1, merged) / after.gather(1, target)
+    change = (moved - gather_tokens(kept, target, 1)) * shares[..., None]
+    batch, left, width = kept.shape
+    rows = target + torch.arange(batch, device=target.device)[:, None] * left
+    return kept.view(-1, width).index_add(0, rows.flatten(), change.view(-1, width)).view(batch, left, width).to(stream.dtype)
 
 
 def composed_holders(before: Tensor | None, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
@@ -77,14 +83,6 @@ def no_log_size(stream: Tensor) -> Tensor:
 def log_size(sizes: Tensor) -> Tensor:
     """log of sizes [B, N]."""
     return sizes.log()
-
-
-def _summed(weighted: Tensor, stays: Tensor, merged: Tensor, target: Tensor) -> Tensor:
-    """[B, N - r, C]: what stays, and what goes into it added. Whole tokens are added, which is faster than entry by entry."""
-    kept, moved = gather_tokens(weighted, stays, 1), gather_tokens(weighted, merged, 1)
-    batch, left, width = kept.shape
-    rows = target + torch.arange(batch, device=target.device)[:, None] * left
-    return kept.reshape(-1, width).index_add(0, rows.flatten(), moved.reshape(-1, width)).view(batch, left, width)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
