@@ -6,8 +6,8 @@ DeiT-S with `evit` and `merge`, of one picture and of eight: a whole forward pas
 tokens, a language model of LLaMA's shape shrunk in width and depth) of which 90 % of the visual tokens never enter the language model: time
 to first token (tower, projector, prefill), the prefill alone (that, less the time of the unmodified tower and projector in the same round),
 and steps of decoding behind it. Every variant is run in turns in one process; a ratio is the median over rounds of (time of the unmodified
-model / time of the variant) within a round. What choosing itself takes (scores, the choice, gathers) is timed operator by operator in a run
-of the rewritten graph, as a share of the time of all its operators. Results go to benchmarks/results/tokens.md as found.
+model / time of the variant) within a round. What choosing itself takes (scores, the choice, gathers) is timed by itself, on what it
+is given in the rewritten graph, as a share of the time of that graph. Results go to benchmarks/results/tokens.md as found.
 """
 
 from __future__ import annotations
@@ -93,36 +93,63 @@ CHOOSING = str(Path("rewrite") / "tokens")
 CHOOSING_OPERATORS = ("attention_statistic", "kept_positions")
 
 
-class Timed(fx.Interpreter):
-    """Runs a graph and adds up the seconds of its operators, of choosing and of all."""
+def chooses(node: fx.Node) -> bool:
+    """Whether a node of a rewritten graph is of choosing: what computes and is not just a number or the graph's input and output."""
+    called = node.op.startswith("call_")
+    return called and (CHOOSING in (node.stack_trace or "") or any(name in str(node.target) for name in CHOOSING_OPERATORS))
 
-    def __init__(self, module: fx.GraphModule, seconds: dict[str, float]) -> None:
+
+class Recorder(fx.Interpreter):
+    """Runs a graph and keeps what its nodes are."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.seconds = seconds
+        self.values: dict[str, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        begun = time.perf_counter()
-        result = super().run_node(n)
-        spent = time.perf_counter() - begun
-        chooses = CHOOSING in (n.stack_trace or "") or any(name in str(n.target) for name in CHOOSING_OPERATORS)
-        self.seconds["all"] += spent
-        self.seconds["choosing"] += spent * chooses
+        self.values[n.name] = result = super().run_node(n)
         return result
 
 
+def alone(module: fx.GraphModule) -> tuple[fx.GraphModule, list[str]]:
+    """The nodes of choosing as a module of their own, and the names of the nodes that it is given."""
+    graph, copies, given = fx.Graph(), dict[fx.Node, fx.Node](), list[str]()
+    chosen = [node for node in module.graph.nodes if chooses(node)]
+    for node in chosen:
+        for read in node.all_input_nodes:
+            if read not in copies:
+                with graph.inserting_before(next(iter(graph.nodes), None)):
+                    copies[read] = graph.placeholder(read.name)
+                given.insert(0, read.name)
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in chosen if not all(map(chooses, node.users))))
+    return fx.GraphModule(module, graph), given
+
+
 def choosing_share(model: nn.Module, inputs: Inputs, one: str) -> Callable[[], float]:
-    """Runs the model under a pass and gives the share of its time that choosing takes."""
-    seconds = {"all": 0.0, "choosing": 0.0}
+    """Runs the model under a pass, and what chooses by itself on what it is given there: the share of the time that this takes."""
+    spent: list[float] = []
 
     def backend(module: fx.GraphModule, given: Any) -> Callable[..., Any]:
-        return lambda *values: Timed(module, seconds).run(*values)
+        choosing, names = alone(module)
+
+        def run(*values: Any) -> Any:
+            recorder = Recorder(module)
+            result = recorder.run(*values)
+            for part, read in ((module, values), (choosing, [recorder.values[name] for name in names])):
+                begun = time.perf_counter()
+                part(*read)
+                spent.append(time.perf_counter() - begun)
+            return result
+
+        return run
 
     changed = rewrite(sharing(model), passes=one, example_inputs=inputs, backend=backend)
 
     def run() -> float:
-        seconds.update(dict.fromkeys(seconds, 0.0))
+        spent.clear()
         changed(**inputs)
-        return seconds["choosing"] / seconds["all"]
+        return sum(spent[1::2]) / sum(spent[::2])
 
     return run
 
@@ -259,7 +286,7 @@ def measure(runs: dict[str, Run], sizes: Sizes) -> dict[str, list[Seconds]]:
 
 def shares(case: Case, least: int) -> list[str]:
     """The lines that say what choosing itself takes: medians over `least` runs behind two that do not count."""
-    lines = ["### choosing itself (scores, choice, gathers), of the time of all operators of the rewritten forward pass", ""]
+    lines = ["### choosing itself (scores, choice, gathers), of the time of the rewritten forward pass", ""]
     for one, run in case.choosing.items():
         run(), run()
         lines.append(f"- {one}: {statistics.median(run() for _ in range(max(least, 5))):.1%}")
