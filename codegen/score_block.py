@@ -22,14 +22,11 @@ from rewrite.ir.expression import QK
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import evaluate_expression
 
-# Numbers between two rows of scores in a buffer, a cache line: rows a power of two apart fall into the same few sets of the caches.
-BETWEEN_ROWS = 16
-
 
 def buffer_size(visits: Iterable[Visit], batch: int, heads: int) -> int:
     """Numbers that a buffer for the scores of any of the visits holds."""
     sizes = ((len(range(batch)[visit.planes.batch]) * len(range(heads)[visit.planes.heads]), visit) for visit in visits)
-    return max((maps * visit.n_queries * (visit.n_keys + BETWEEN_ROWS) for maps, visit in sizes), default=0)
+    return max((maps * visit.n_queries * visit.n_keys for maps, visit in sizes), default=0)
 
 
 def by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
@@ -42,10 +39,9 @@ def by_key_head(tensor: torch.Tensor, key_heads: int) -> torch.Tensor:
 
 def dot(query: torch.Tensor, key: torch.Tensor, buffer: torch.Tensor | None = None) -> torch.Tensor:
     """query [B, H, n, D], key [B, Hkv, m, D] -> [B, H, n, m]; in the memory of `buffer`, one-dimensional, where that is given."""
-    rows, out = by_key_head(query, key.shape[1]), None
-    if buffer is not None:
-        shape = (*rows.shape[:3], key.shape[2] + BETWEEN_ROWS)
-        out = buffer[: math.prod(shape)].view(shape)[..., : key.shape[2]]
+    rows = by_key_head(query, key.shape[1])
+    shape = (*rows.shape[:3], key.shape[2])
+    out = None if buffer is None else buffer[: math.prod(shape)].view(shape)
     product = torch.matmul(rows, key.transpose(-2, -1), out=out)
     return product if query.shape[1] == key.shape[1] else product.view(*query.shape[:3], key.shape[2])
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import sympy
 import torch
+from torch.nn import functional
 
 from codegen.attention_block import AttentionBlock
 from codegen.base_two import LOG2_E
 from codegen.contraction_order import Sizes
-from codegen.score_block import ScoreBlock, buffer_size, dot, linear_score, sum_over_queries, weighted_sum
+from codegen.masks import static_key, visible_rows
+from codegen.score_block import ScoreBlock, buffer_size, by_key_head, dot, linear_score, sum_over_queries, weighted_sum
 from codegen.tensor_reads import TensorGradients, accumulation_dtype, derivative, read_block
-from codegen.torch_streaming import planes_at_a_time, query_visits, static_visits
+from codegen.torch_streaming import HELD, Held, planes_at_a_time, query_visits, static_visits
 from codegen.visits import Visit
 from codegen.weight_form import split_visits
 from rewrite.ir.expression import W, tensors_in
@@ -26,7 +29,12 @@ from rewrite.ir.semantics import evaluate_expression
 from rewrite.ir.statistic import Statistic
 
 Tensors = Mapping[str, torch.Tensor]
+# A visit, and where its rows lie among those that are read.
+Placed = tuple[Visit, torch.Tensor | slice]
 
+# Where the scores lie in one buffer and nothing is made beside them: 8 MiB in float32. Matrix products of many heads at once gain more than
+# scores that stay in the fastest caches; of 2 cores and 12 heads, 128 queries of at least 4 were best from 197 keys to 4096.
+IN_ONE_BUFFER = Held(1 << 21, 128, 4)
 # Rows whose weights are small beside the keys, so that a second copy of them, which torch's softmax makes, costs nothing.
 FEW_ROWS = 64
 
@@ -37,28 +45,27 @@ def row_range(statistic: Statistic, n_queries: int) -> range:
     return range(n_queries)[start:stop]
 
 
-def statistic_visits(
-    statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors
-) -> Sequence[tuple[Visit, torch.Tensor | slice]]:
+def statistic_visits(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors, held: Held) -> Sequence[Placed]:
     """The visits of the rows that are read, and where their rows lie among those."""
+    sizes = Sizes.of(query, key, key)
     if split_visits(statistic.attend)[1] == sympy.true:
-        return _static_visits(statistic, Sizes.of(query, key, key), query.device)
-    return _planned(statistic, query_visits(statistic.attend, query, key, tensors), Sizes.of(query, key, key))
+        return _static_visits(statistic, sizes, query.device, held)
+    return _planned(statistic, query_visits(statistic.attend, query, key, tensors, held), sizes, held)
 
 
 @lru_cache(maxsize=256)
-def _static_visits(statistic: Statistic, sizes: Sizes, device: torch.device) -> tuple[tuple[Visit, torch.Tensor | slice], ...]:
+def _static_visits(statistic: Statistic, sizes: Sizes, device: torch.device, held: Held) -> tuple[Placed, ...]:
     """Of a mask that reads no tensor: worked out once, which takes longer than the few rows of a small attention."""
-    return _planned(statistic, static_visits(statistic.attend, sizes, device), sizes)
+    return _planned(statistic, static_visits(statistic.attend, sizes, device, held), sizes, held)
 
 
-def _planned(statistic: Statistic, visits: Sequence[Visit], sizes: Sizes) -> tuple[tuple[Visit, torch.Tensor | slice], ...]:
+def _planned(statistic: Statistic, visits: Sequence[Visit], sizes: Sizes, held: Held) -> tuple[Placed, ...]:
     found = list(_cut(visits, row_range(statistic, sizes.n_queries)))
-    every = planes_at_a_time([visit for visit, _ in found], statistic.attend, sizes)
+    every = planes_at_a_time([visit for visit, _ in found], statistic.attend, sizes, held)
     return tuple((visit._replace(planes=planes), place) for planes in every for visit, place in found)
 
 
-def _cut(found: Sequence[Visit], rows: range) -> Iterator[tuple[Visit, torch.Tensor | slice]]:
+def _cut(found: Sequence[Visit], rows: range) -> Iterator[Placed]:
     """Visits cut to some of the rows, and where the rows that are left lie among those; visits without any are left out."""
     for visit in found:
         if isinstance(visit.rows, slice):
@@ -100,18 +107,54 @@ def softmax_score(statistic: Statistic) -> tuple[float, sympy.Expr] | None:
     return linear_score(statistic.attend.score) if replace(statistic.attend, sink=None).is_plain else None
 
 
+class FewRows(NamedTuple):
+    """Rows that see some key each. scale: of their scores. columns: the keys that any of them sees. partial: the stretch of the columns,
+    counted among them, outside of which every row sees all; hidden: what rows do not see there, [rows, partial] bool."""
+
+    scale: float
+    rows: slice
+    columns: slice
+    partial: slice
+    hidden: torch.Tensor | None
+
+
 @lru_cache(maxsize=256)
-def _plain_rows(statistic: Statistic, sizes: Sizes, device: torch.device) -> tuple[float, range] | None:
-    """(scale, rows) where the result is the sum of  softmax(scale * qk)  over a few rows that see every key."""
-    linear, attend = softmax_score(statistic), statistic.attend
+def _few_rows(statistic: Statistic, sizes: Sizes, device: torch.device) -> FewRows | None:
+    """Where the result is the sum of  softmax(scale * qk)  over a few rows under a mask that reads no tensor; None for anything else."""
+    linear, attend, rows = softmax_score(statistic), statistic.attend, row_range(statistic, sizes.n_queries)
     if linear is None or linear[1] != 0 or attend.sink is not None or split_visits(attend)[1] != sympy.true:
         return None
-    if statistic.over != "queries" or statistic.term != W or sizes.heads != sizes.key_heads:
+    if statistic.over != "queries" or statistic.term != W or not 0 < len(rows) <= FEW_ROWS or not sizes.n_keys:
         return None
-    rows = row_range(statistic, sizes.n_queries)
-    read = [visit for visit, _ in _cut(static_visits(attend, sizes, device), rows)]
-    whole = len(read) == 1 and read[0].seen is None and read[0].n_keys == sizes.n_keys and 0 < read[0].n_queries == len(rows) <= FEW_ROWS
-    return (linear[0], rows) if whole else None
+    static, order = static_key(split_visits(attend)[0]), torch.arange(rows.start, rows.stop)
+    seen = torch.cat([part for _, part in visible_rows(static, sizes.n_queries, sizes.n_keys, order=order)])
+    if not seen.any(1).all():
+        return None
+    columns = _stretch(seen.any(0))
+    hidden = ~seen[:, columns]
+    partial = _stretch(hidden.any(0))
+    return FewRows(linear[0], slice(rows.start, rows.stop), columns, partial, hidden[:, partial].to(device) if hidden.any() else None)
+
+
+def _stretch(of: torch.Tensor) -> slice:
+    """From the first of [n] bool to the last."""
+    places = of.nonzero().flatten()
+    return slice(int(places[0]), int(places[-1]) + 1) if len(places) else slice(0, 0)
+
+
+def _sum_of_few(few: FewRows, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """The result [B, H, Nk], in the accumulation dtype."""
+    (batch, heads, _, _), n_keys, dtype = query.shape, key.shape[2], accumulation_dtype(query.dtype)
+    read = by_key_head(query[:, :, few.rows], key.shape[1]).flatten(0, 1).to(dtype)
+    keys = key[:, :, few.columns].flatten(0, 1).to(dtype)
+    # Nothing is added; but a product alone takes no factor, and to multiply the rows takes another call.
+    scores = torch.baddbmm(read.new_empty(()), read, keys.transpose(1, 2), beta=0, alpha=few.scale)
+    scores = scores.view(batch, heads, -1, keys.shape[1])
+    if few.hidden is not None:
+        scores[..., few.partial].masked_fill_(few.hidden, -torch.inf)
+    received = scores.softmax(-1).sum(2)
+    behind = n_keys - few.columns.stop
+    return functional.pad(received, (few.columns.start, behind)) if few.columns.start or behind else received
 
 
 def _softmax(
@@ -128,29 +171,26 @@ def _softmax(
     scores = dot(visit.queries(query, 2).to(block.dtype) * (LOG2_E * scale), visit.keys(key, 2).to(block.dtype), buffer)
     if rest != 0:
         scores += LOG2_E * block.evaluate(rest)
-    most = block.hide(scores, block.hidden(), -torch.inf).amax(-1, keepdim=True)
-    # Rows that see no key weigh nothing.
-    empty = most == -torch.inf
+    # Of a row that sees no key all weights are 0 so, and not what -inf - -inf makes.
+    most = block.hide(scores, block.hidden(), -torch.inf).amax(-1, keepdim=True).clamp_(min=torch.finfo(block.dtype).min)
     if sink is not None:
         logit = LOG2_E * block.filled(sink, most)
         most = most.maximum(logit)
-    most.masked_fill_(empty, 0.0)
     total = scores.sub_(most).exp2_().sum(-1, keepdim=True)
     if sink is not None:
         total += (logit - most).exp2_()
-    return block, scores, total.reciprocal_().masked_fill_(empty, 0.0)
+    # The largest score of any other row makes 1, or its sink does.
+    return block, scores, total.clamp_(min=1.0).reciprocal_()
 
 
 def statistic_forward(statistic: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Tensors) -> torch.Tensor:
     """The result that `Statistic` describes. query [B, H, Nq, D], key [B, Hkv, Nk, D]; O(block x Nk) memory besides the result."""
     dtype, sizes = accumulation_dtype(query.dtype), Sizes.of(query, key, key)
-    if (plain := _plain_rows(statistic, sizes, query.device)) is not None:
-        scale, rows = plain
-        read = query.narrow(2, rows.start, len(rows)).to(dtype) * scale
-        return (read @ key.transpose(2, 3).to(dtype)).softmax(-1).sum(2)
+    if (few := _few_rows(statistic, sizes, query.device)) is not None:
+        return _sum_of_few(few, query, key)
     result = torch.zeros(result_shape(statistic, query, key), dtype=dtype, device=query.device)
     linear, over_queries = softmax_score(statistic), statistic.over == "queries"
-    visits = statistic_visits(statistic, query, key, tensors)
+    visits = statistic_visits(statistic, query, key, tensors, HELD if linear is None else IN_ONE_BUFFER)
     # Memory that is given back between visits comes back page by page, which takes as long as the exponentials.
     most = 0 if linear is None else buffer_size((visit for visit, _ in visits), sizes.batch, sizes.heads)
     buffer = query.new_empty(most, dtype=dtype)
@@ -184,7 +224,7 @@ def statistic_gradients(
     d_query, d_key = (torch.zeros(operand.shape, dtype=dtype, device=operand.device) for operand in (query, key))
     gradients = TensorGradients(statistic.tensors(), tensors, wanted)
     slope = derivative(statistic.term, W)
-    for visit, place in statistic_visits(statistic, query, key, tensors):
+    for visit, place in statistic_visits(statistic, query, key, tensors, HELD):
         attention = _attention(statistic, query, key, tensors, visit)
         _read_term(statistic, attention.block, tensors)
         values, weights = attention.block.values, attention.weights

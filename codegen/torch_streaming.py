@@ -34,42 +34,58 @@ from rewrite.ir.expression import I, letters
 from rewrite.ir.operations import Attend
 from rewrite.ir.semantics import aligned
 
-# Scores held at a time, 2 MiB in float32: with what is made of them they stay in the caches of two cores.
-SCORES_AT_A_TIME = 1 << 19
+
+class Held(NamedTuple):
+    """How much of its maps a call computes at a time.
+
+    scores: numbers, of all maps together. queries: of each map, about. maps: at least, where there are as many and 16 queries fit.
+    """
+
+    scores: int
+    queries: int
+    maps: int
+
+
+# Scores of 2 MiB in float32: with what is made of them they stay in the caches of two cores.
+HELD = Held(1 << 19, 256, 1)
 # Queries at a time where torch's fused attention needs a bias that has to be computed: its calls no longer count from there.
 FUSED_ROWS = 512
 
 
-def rows_at_a_time(n_keys: int, heads: int) -> int:
-    """Queries per block for `SCORES_AT_A_TIME`: a power of two, so that neighbouring sizes share their plans, and from 16 to 256.
-
-    heads: how many have to be computed together.
-    """
-    fitting = max(1, SCORES_AT_A_TIME // max(1, heads * n_keys))
-    return min(256, max(16, 1 << (fitting.bit_length() - 1)))
+def rows_at_a_time(attend: Attend, sizes: Sizes, held: Held) -> int:
+    """Queries per block: a power of two, so that neighbouring sizes share their plans, and from 16 on."""
+    maps = max(_together(attend, sizes), min(held.maps, sizes.batch * sizes.heads))
+    fitting = max(1, held.scores // max(1, maps * sizes.n_keys))
+    return min(held.queries, max(16, 1 << (fitting.bit_length() - 1)))
 
 
-def query_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> tuple[Visit, ...]:
+def query_visits(
+    attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor], held: Held
+) -> tuple[Visit, ...]:
     """What is computed as matrix products, of every map alike: the plan that suits the mask, in blocks of `rows_at_a_time` at most."""
     sizes, seen = Sizes.of(query, key, key), seen_keys(attend, query, key, tensors)
     if seen is None:
-        return static_visits(attend, sizes, query.device)
-    most = rows_at_a_time(sizes.n_keys, _together(attend, sizes))
+        return static_visits(attend, sizes, query.device, held)
+    most = rows_at_a_time(attend, sizes, held)
     candidates = [block for block in CANDIDATES if block <= most] or [most]
     return seen.visits(static_key(split_visits(attend)[0]), (sizes.n_queries, sizes.n_keys), candidates)
 
 
-def static_visits(attend: Attend, sizes: Sizes, device: torch.device) -> tuple[Visit, ...]:
+def static_visits(attend: Attend, sizes: Sizes, device: torch.device, held: Held) -> tuple[Visit, ...]:
     """`query_visits` by what of the mask reads no tensor."""
-    static, most = static_key(split_visits(attend)[0]), rows_at_a_time(sizes.n_keys, _together(attend, sizes))
+    static, most = static_key(split_visits(attend)[0]), rows_at_a_time(attend, sizes, held)
     plan = best_plan(static, sizes.n_queries, sizes.n_keys)
-    return visits(static, sizes.n_queries, sizes.n_keys, plan._replace(block=min(plan.block, most)), device)
+    block = min(plan.block, most)
+    if static == "true":
+        # No small block is left over at the end.
+        block = -(-sizes.n_queries // max(1, sizes.n_queries // block)) or block
+    return visits(static, sizes.n_queries, sizes.n_keys, plan._replace(block=block), device)
 
 
-def planes_at_a_time(found: Sequence[Visit], attend: Attend, sizes: Sizes) -> Iterator[Planes]:
-    """All maps of a call, as many at a time as `SCORES_AT_A_TIME` allows for these visits."""
+def planes_at_a_time(found: Sequence[Visit], attend: Attend, sizes: Sizes, held: Held) -> Iterator[Planes]:
+    """All maps of a call, as many at a time as may be held for these visits."""
     batch, heads, together, shared = sizes.batch, sizes.heads, _together(attend, sizes), sizes.heads // sizes.key_heads
-    fitting = SCORES_AT_A_TIME // max((visit.n_queries * visit.n_keys for visit in found), default=1)
+    fitting = held.scores // max((visit.n_queries * visit.n_keys for visit in found), default=1)
     n_heads, n_rows = min(heads, max(together, fitting // together * together)), max(1, fitting // heads)
     for row in range(0, batch, n_rows):
         for head in range(0, heads, n_heads):
@@ -84,8 +100,8 @@ def _together(attend: Attend, sizes: Sizes) -> int:
 
 def blockwise_visits(attend: Attend, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> Iterator[Visit]:
     """All of `query_visits` for every map of `planes_at_a_time`, one after the other so that keys stay in cache."""
-    found = query_visits(attend, query, key, tensors)
-    for planes in planes_at_a_time(found, attend, Sizes.of(query, key, key)):
+    found = query_visits(attend, query, key, tensors, HELD)
+    for planes in planes_at_a_time(found, attend, Sizes.of(query, key, key), HELD):
         for visit in found:
             yield visit._replace(planes=planes)
 

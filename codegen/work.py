@@ -9,7 +9,7 @@ import torch
 
 from codegen.contraction_order import Sizes, state_plan
 from codegen.multiply_adds import computed_multiply_adds
-from codegen.torch_streaming import fused_score, fused_visits, static_visits
+from codegen.torch_streaming import HELD, fused_score, fused_visits, static_visits
 from codegen.visits import Visit
 from rewrite.ir.operations import Attend
 
@@ -41,7 +41,7 @@ def work(attend: Attend, sizes: Mapping[str, int]) -> Work:
         return Work("gathered", multiply_adds)
     linear, for_a_pair = fused_score(attend), sizes["B"] * sizes["H"] * (sizes["D"] + sizes["Dv"])
     if linear is None:
-        visits = static_visits(attend, Sizes.named(sizes), torch.device("cpu"))
+        visits = static_visits(attend, Sizes.named(sizes), torch.device("cpu"), HELD)
         return Work("grouped" if attend.groups is not None else "blocks", for_a_pair * _pairs(visits))
     visits = fused_visits(attend, linear[1], sizes["Nq"], sizes["Nk"], torch.device("cpu"))
     if len(visits) == 1 and visits[0].causal:

@@ -19,13 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codegen import emit, statistic
+from codegen import emit, statistic, torch_statistics
 from codegen.given_kernel import summed
 from codegen.kernel import Form
 from codegen.operator import attend_op
 from codegen.received_kernel import LSE
 from codegen.statistic_kernels import has_triton_statistic
-from codegen.torch_statistics import softmax_score, statistic_forward, statistic_visits
+from codegen.torch_statistics import IN_ONE_BUFFER, softmax_score, statistic_forward, statistic_visits
+from codegen.torch_streaming import Held
 from rewrite.ir import Attend, I, J, RewriteError, W, tensor
 from rewrite.ir.semantics import read_statistic
 from rewrite.ir.statistic import ENTROPY, Statistic
@@ -232,11 +233,22 @@ def test_memory_is_linear_in_tokens(term: str) -> None:
         made, values = example("causal", term, torch.float32, Shape(1, 2, 2, tokens, tokens, 16, 16))
         named = {name: values[name] for name in made.tensors()}
         # What is made once for a mask and a size is not the call's.
-        deque(statistic_visits(made, values["query"], values["key"], named), maxlen=0)
+        deque(statistic_visits(made, values["query"], values["key"], named, IN_ONE_BUFFER), maxlen=0)
         with Largest() as mode:
             statistic_forward(made, values["query"], values["key"], named)
         largest.append(mode.elements)
     assert largest[1] <= 4 * largest[0]
+
+
+@pytest.mark.parametrize("form", ["causal", "masked", "empty rows", "sinks", "biased"])
+@pytest.mark.parametrize("term", ["received", "received from some", "mass"])
+def test_some_of_the_scores_at_a_time(form: str, term: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 16 queries and two maps in one buffer give what all at once gives."""
+    made, values = example(form, term, torch.float64, Shape(batch=3, heads=4, key_heads=2))
+    wanted = read_statistic(made, values)
+    monkeypatch.setattr(torch_statistics, "IN_ONE_BUFFER", Held(2 * 16 * 53, 16, 1))
+    found = statistic(made, values["query"], values["key"], values)
+    assert (found - wanted).abs().max() <= 1024 * torch.finfo(torch.float64).eps * max(1.0, float(wanted.abs().max()))
 
 
 def test_compiles_whole_and_exports() -> None:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codegen import torch_streaming
 from codegen.operator import attend, attend_op
 from codegen.torch_backward import attend_gradients
-from codegen.torch_streaming import attend_forward, blockwise_visits, output_like
+from codegen.torch_streaming import Held, attend_forward, blockwise_visits, output_like
 from rewrite.ir import Attend, I, J, RewriteError, semantics
 
 FORMS: dict[str, tuple[Attend, Shape]] = {
@@ -141,8 +141,8 @@ def test_some_maps_at_a_time(operation: Attend, monkeypatch: pytest.MonkeyPatch)
     leaves = [value.requires_grad_() for value in values.values() if value.is_floating_point()]
     received = torch.randn(3, 4, 37, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found = []
-    for most, parts in ((1 << 19, 1), (2 * 16 * 53, 3 if operation.mixes else 6)):
-        monkeypatch.setattr(torch_streaming, "SCORES_AT_A_TIME", most)
+    for held, parts in ((torch_streaming.HELD, 1), (Held(2 * 16 * 53, 256, 1), 3 if operation.mixes else 6)):
+        monkeypatch.setattr(torch_streaming, "HELD", held)
         visited = blockwise_visits(operation, values["query"], values["key"], values)
         assert len({str(visit.planes) for visit in visited}) == parts
         out = run(operation, values)
