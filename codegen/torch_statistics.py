@@ -171,8 +171,16 @@ def _softmax(
     scores = dot(visit.queries(query, 2).to(block.dtype) * (LOG2_E * scale), visit.keys(key, 2).to(block.dtype), buffer)
     if rest != 0:
         scores += LOG2_E * block.evaluate(rest)
+    hidden = block.hidden()
+    if hidden is not None and visit.seen is not None and split_visits(statistic.attend)[1] == sympy.true:
+        # A number to a pair, the same of all maps, and the smaller one taken is five times as fast as filling by a mask.
+        limit = scores.new_full(visit.seen[:, visit.partial].shape, torch.inf).masked_fill_(hidden[0, 0, :, visit.partial], -torch.inf)
+        part = scores[..., visit.partial]
+        torch.minimum(part, limit, out=part)
+    else:
+        block.hide(scores, hidden, -torch.inf)
     # Of a row that sees no key all weights are 0 so, and not what -inf - -inf makes.
-    most = block.hide(scores, block.hidden(), -torch.inf).amax(-1, keepdim=True).clamp_(min=torch.finfo(block.dtype).min)
+    most = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(block.dtype).min)
     if sink is not None:
         logit = LOG2_E * block.filled(sink, most)
         most = most.maximum(logit)

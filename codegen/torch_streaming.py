@@ -78,7 +78,7 @@ def static_visits(attend: Attend, sizes: Sizes, device: torch.device, held: Held
     block = min(plan.block, most)
     if static == "true":
         # No small block is left over at the end.
-        block = -(-sizes.n_queries // max(1, sizes.n_queries // block)) or block
+        block = max(1, -(-sizes.n_queries // max(1, sizes.n_queries // block)))
     return visits(static, sizes.n_queries, sizes.n_keys, plan._replace(block=block), device)
 
 
