@@ -7,8 +7,9 @@ MLP of each layer given, with N tokens there of which CLS (and what stands besid
     fused: one more token at the end,  sum of a_j x_j  over those that leave, not divided by the sum of a, as in the authors' code
 
 The fused token is a token as any other later on, and may leave at the next layer. The authors sort tokens by a; here they stay in their
-order, which no layer of a vision transformer sees. What reads tokens behind the last layer (dense heads) finds zeros where some left; the
-authors' model would return fewer tokens. Published for models trained with it; on other weights it works too, less well.
+order, which no layer of a vision transformer sees. What reads the place of every token (dense heads, intermediate features) finds there
+what the token left with; the authors' model would return fewer tokens. Published for models trained with it; on other weights it works too,
+less well.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class EViT(Pass):
     family = "prune"
     paper = "Liang, Ge, Tong, Song, Wang, Xie: Not All Patches are What You Need, ICLR 2022 (arXiv 2202.07800)"
     formula = "x = [cls, x[topk(a)], sum_{j left} a_j x_j], a = mean_h attention[cls, j]"
-    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True)
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, followed=True)
 
     keep: float = parameter(0.7, "share of the patches that stay at each layer; 1 changes nothing")
     layers: tuple[int, ...] = parameter((3, 6, 9), "the layers, from 0, between whose attention and MLP patches leave")
@@ -65,7 +66,7 @@ class EViT(Pass):
             return f"its stack has no layer {missing[0]} here, where patches would leave"
         sites = [site for site in chosen if site is not None]
         count = Count(self.keep, "ceil")
-        patches = sites[0].dims["Nk"] - sites[0].layout.prefix
+        patches = sites[0].dims["Nk"] - sites[0].layout.prefix - sites[0].layout.suffix
         if not sites[0].layout.prefix:
             return "no CLS token stands in front of its patches"
         if count.number(patches, patches) == patches:

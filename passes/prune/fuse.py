@@ -41,7 +41,7 @@ class Fuse(Pass):
     family = "prune"
     paper = "Lee, Choi, Kim: Multi-criteria Token Fusion with One-step-ahead Attention (MCTF), CVPR 2024 (arXiv 2403.10030)"
     formula = "x_g = sum_{t in g} w_t x_t / sum_{t in g} w_t, w = a s; out_g = sum_{t in g} w_t (softmax(qk + log s) v_g)_t / sum w"
-    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, cached=False)
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, followed=True, cached=False)
     excludes = mergeable.EXCLUDED
 
     r: int | float = parameter(16, "tokens fused away in front of each layer, or their share of those behind CLS; 0 changes nothing")
@@ -73,9 +73,11 @@ class Fuse(Pass):
         if isinstance(read, str):
             return read
         criteria = Criteria(self.similar, self.informative, self.sized)
-        if criteria.number(self.r, read[0].dims["Nk"], read[0].layout.prefix) == 0:
+        if criteria.number(self.r, read[0].dims["Nk"], read[0].layout.prefix + read[0].layout.suffix) == 0:
             return f"its {read[0].dims['Nk']} tokens are so few that {self} {CHANGES_NOTHING}"
-        return tuple(Merge(stack, site.layer, site.name, self.r, site.layout.prefix, True, str(self), criteria) for site in read)
+        return tuple(
+            Merge(stack, site.layer, site.name, self.r, site.layout.prefix, True, str(self), criteria, site.layout.suffix) for site in read
+        )
 
     def reference(self, attention: AttentionInputs) -> torch.Tensor:
         """Plain attention: what is fused is decided between the sites."""

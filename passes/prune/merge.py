@@ -38,7 +38,7 @@ class ToMe(Pass):
     family = "prune"
     paper = "Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman: Token Merging: Your ViT But Faster, ICLR 2023 (arXiv 2210.09461)"
     formula = "x_b = sum_{t in b} s_t x_t / s_b, s_b = sum_{t in b} s_t; out = softmax(qk + log s) @ v"
-    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, cached=False)
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, followed=True, cached=False)
     excludes = mergeable.EXCLUDED
 
     r: int = parameter(13, "tokens merged away at each layer; 0 changes nothing")
@@ -65,7 +65,10 @@ class ToMe(Pass):
         read = mergeable.sites_merged(program, stack, self.layers, 0)
         if isinstance(read, str):
             return read
-        return tuple(Merge(stack, site.layer, site.name, self.r, site.layout.prefix, self.proportional, str(self)) for site in read)
+        return tuple(
+            Merge(stack, site.layer, site.name, self.r, site.layout.prefix, self.proportional, str(self), suffix=site.layout.suffix)
+            for site in read
+        )
 
     def reference(self, attention: AttentionInputs) -> torch.Tensor:
         """Plain attention: at the layer where tokens are merged first, they are so behind it."""

@@ -39,13 +39,15 @@ class Fits:
     """The sites a pass can work on; whatever is not asked for here is allowed.
 
     causal: required value, or None for either. grid, visual, hidden: the site must have a 2-D grid, visual tokens among its keys, the
-    hidden states of its layer's input. cached: sites that read a KV cache are fine. unusual: so are sites that are not softmax attention
-    alone: mixed heads, sink logits, other normalisers, changed weights (`Attend.unusual`); the pass must keep these parts.
+    hidden states of its layer's input. followed: tokens behind the grid are fine. cached: so are sites that read a KV cache. unusual: so
+    are sites that are not softmax attention alone: mixed heads, sink logits, other normalisers, changed weights (`Attend.unusual`); the
+    pass must keep these parts.
     """
 
     kinds: frozenset[str] = frozenset({"self"})
     causal: bool | None = None
     grid: bool = False
+    followed: bool = False
     visual: bool = False
     hidden: bool = False
     cached: bool = True
@@ -58,7 +60,7 @@ class Fits:
             (self.causal is True and not is_causal(site), "it is not causal"),
             (self.causal is False and is_causal(site), "it is causal, and the method is defined for non-causal attention"),
             (self.grid and (site.layout.grid is None or len(site.layout.grid) != 2), "its tokens lie on no grid that was found"),
-            (self.grid and site.layout.partial is not None, f"{site.layout.partial}"),
+            (self.grid and self._partial(site) is not None, f"{self._partial(site)}"),
             (self.visual and not site.layout.visual, "no visual tokens were found among its keys"),
             (self.hidden and "hidden" not in site.operands, "the hidden states that enter its layer were not found"),
             (not self.cached and site.cached, "it reads a KV cache"),
@@ -67,6 +69,9 @@ class Fits:
             (site.map_read, "its attention map is read elsewhere in the model (output_attentions?)"),
         )
         return next((reason for failed, reason in checks if failed), None)
+
+    def _partial(self, site: Site) -> str | None:
+        return None if self.followed and site.layout.partial == site.layout.followed else site.layout.partial
 
 
 def is_causal(site: Site) -> bool:

@@ -160,8 +160,8 @@ class Select:
     """Some tokens leave a stack, the others go on.
 
     stack, layer: where; place: in front of the layer, or "between" its attention and its MLP, behind the attention's residual.
-    candidates: what may leave, the "patches" of a grid (tokens in front of it stay, CLS and registers) or the "visual" tokens of a text.
-    fuse: those that leave become one more token at the end, the sum of each times its score (not divided by the sum of the scores).
+    candidates: what may leave, the "patches" of a grid (tokens around it stay: CLS, registers, a detector's) or a text's "visual" ones.
+    fuse: those that leave become one more token behind the patches, the sum of each times its score (not divided by the sum of these).
     contextual: those that leave are gathered into some of them, which stay too. crops: several pictures are one image. Both for visual
     tokens that a vision tower scores.
     """
@@ -192,10 +192,11 @@ class Criteria:
     informative: float
     sized: float
 
-    def number(self, count: float, tokens: int, prefix: int) -> int:
-        """How many of `tokens` are fused away: `count`, or the share of those behind CLS that it is; half at most, and ten stay."""
+    def number(self, count: float, tokens: int, protected: int) -> int:
+        """How many of `tokens` are fused away: `count`, or the share of those behind CLS that it is; of those not `protected` half at most,
+        and ten stay."""
         wanted = int((tokens - 1) * count) if isinstance(count, float) else count
-        return max(0, min(wanted, (tokens - prefix) // 2, tokens - FEWEST))
+        return max(0, min(wanted, (tokens - protected) // 2, tokens - FEWEST))
 
 
 # So many tokens are left by fusion in the authors' code.
@@ -207,10 +208,10 @@ class Merge:
     """Tokens that are alike are merged between the attention and the MLP of one layer of a stack (ToMe, Bolya et al. 2023).
 
     The tokens at even places are matched with those at odd ones by the cosine of the keys of `site`, averaged over heads; the closest
-    `count` pairs, at most (N - prefix) // 2 of N tokens, become the mean of the patches that they stand for. Left are the other even
-    tokens, then the odd ones; the first `prefix` are never merged and stay in front. proportional: the attention of later layers has
-    log(size) of each key added to its score (`sized`). Where a token-shaped tensor is read in full, each place holds the token that it
-    went into.
+    `count` pairs, at most (N - prefix - suffix) // 2 of N tokens, become the mean of the patches that they stand for. Left are the other
+    even tokens, then the odd ones; the first `prefix` and the last `suffix` are never merged and stay at the ends. proportional: the
+    attention of later layers has log(size) of each key added to its score (`sized`). Where a token-shaped tensor is read in full, each
+    place holds the token that it went into.
 
     criteria: tokens are fused in front of the layer instead, each weighted by what it receives in that layer times its size, and matched by
     these (`rewrite.tokens.fusing`). The layer's attention is that of the tokens as they were (one step ahead): keys add up the attention
@@ -225,12 +226,13 @@ class Merge:
     proportional: bool
     by: str
     criteria: Criteria | None = None
+    suffix: int = 0
 
     def number(self, present: int) -> int:
-        """How many tokens are merged away, of `present` with the prefix."""
+        """How many tokens are merged away, of `present` with the protected ones."""
         if self.criteria is not None:
-            return self.criteria.number(self.count, present, self.prefix)
-        return max(0, min(int(self.count), (present - self.prefix) // 2))
+            return self.criteria.number(self.count, present, self.prefix + self.suffix)
+        return max(0, min(int(self.count), (present - self.prefix - self.suffix) // 2))
 
 
 TokenOperation = Exit | Select | Merge

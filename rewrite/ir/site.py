@@ -43,6 +43,11 @@ class TokenLayout:
             return f"it attends in {'dilated ' if self.partition == 'grid' else ''}windows of {_by(self.window)}"
         if not self.raster:
             return f"the tokens of its grid {_by(self.grid or ())} are not in row-major order"
+        return self.followed
+
+    @property
+    def followed(self) -> str | None:
+        """What follows the grid, in words; None where nothing does."""
         return f"{self.suffix} tokens follow its grid" if self.suffix else None
 
     def __str__(self) -> str:

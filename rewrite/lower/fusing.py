@@ -57,9 +57,9 @@ def fuse_tokens(
     mean, weights = (at.call(operator.getitem, (both, part)) for part in range(2))
     assert one.criteria is not None
     criteria = (one.criteria.similar, one.criteria.informative, one.criteria.sized)
-    match = at.call(fusing.fused_match, (stream, mean, counted, one.prefix, one.count, criteria))
+    match = at.call(fusing.fused_match, (stream, mean, counted, one.prefix, one.suffix, one.count, criteria))
     stays, merged, target = (at.call(operator.getitem, (match, part)) for part in range(3))
-    positions = at.call(choose.composed_positions, (before.positions if before else None, stays, left.length, False))
+    positions = at.call(choose.composed_positions, (before.positions if before else None, stays))
     into = at.call(merging.composed_holders, (None, stays, merged, target))
     holders = at.call(merging.composed_holders, (before.holders, stays, merged, target)) if before else into
     selection = Selection(positions, left.length, at.call_method("size", (positions, 1)), holders=holders)

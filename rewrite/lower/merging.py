@@ -55,10 +55,10 @@ def merge_tokens(
 ) -> tuple[fx.Node, Merged, Mapping[fx.Node, Mapping[int, Selection]]]:
     """The stream `current` behind the attention of `entry` merged: it, what is left then, and what has fewer tokens now, by axis."""
     key = lower_operand(at, entry.region, "key")
-    match = at.call(merging.matched, (key, one.prefix, one.count))
+    match = at.call(merging.matched, (key, one.prefix, one.suffix, one.count))
     stays, merged, target = (at.call(operator.getitem, (match, part)) for part in range(3))
     before = left.selection
-    positions = at.call(choose.composed_positions, (before.positions if before else None, stays, left.length, False))
+    positions = at.call(choose.composed_positions, (before.positions if before else None, stays))
     holders = at.call(merging.composed_holders, (before.holders if before else None, stays, merged, target))
     kept = at.call_method("size", (positions, 1))
     selection = Selection(positions, left.length, kept, holders=holders, sized=one.proportional)

@@ -278,7 +278,7 @@ class ProgramLowering:
         if short:
             asked = self.program.token_operations()
             self._require_notes(asked[0].by if asked else "token_exit")
-        pushed = push_selections(self.graph, seeds, frozenset(short))
+        pushed = push_selections(self.graph, seeds, frozenset(short), self.selections.streams)
         self.shapes = {node: self._kept_sizes(axes) for node, axes in pushed.axes.items()}
         by_selection: dict[tuple[Any, Any], list[int]] = {}
         for node, selection in pushed.short.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -20,7 +20,7 @@ from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.fusing import attention_of, fuse_tokens
 from rewrite.lower.merging import Merged, Sizes, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
-from rewrite.lower.residual import behind_attention
+from rewrite.lower.residual import behind_attention, behind_layer
 from rewrite.lower.scores import Scores, rule_of
 from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
@@ -50,8 +50,8 @@ class Left:
 class Selections:
     """The token operations of one program, put into one graph.
 
-    Made before sites are lowered. seeds: what `push_selections` is given. kept: by node of positions, how many there are at the traced
-    shapes. gone: by name of a site, how many tokens of each row it does not see. seen: by name of a site, what it sees of them.
+    Made before sites are lowered. seeds, streams: what `push_selections` is given. kept: by node of positions, how many there are at the
+    traced shapes. gone: by name of a site, how many tokens of each row it does not see. seen: by name of a site, what it sees of them.
     routed: by name of a site, what the router in front of its layer is given.
     """
 
@@ -75,6 +75,7 @@ class Selections:
         self._cut: dict[fx.Node, fx.Node] = {}
         asked = [one for stack in self._stacks() for one in self._operations(stack)]
         self._places = {one: self._place(one) for one in asked}
+        self.streams = frozenset(node for stack in self._stacks() for node in self._streams_behind(stack))
         asked += program.choices
         towers = ((one, recognition.by_name(one.contextual.site)) for one in asked if isinstance(one, Select) and one.contextual)
         self._tower_outputs = {one: tower_output(read, one.by) for one, read in towers}
@@ -141,6 +142,20 @@ class Selections:
                 "choose the last of the layers that stand side by side"
             )
         return entry, stream
+
+    def _streams_behind(self, stack: int) -> set[fx.Node]:
+        """The residual stream in front of, within and behind every layer that patches left in front of; none where some were not found."""
+        entries = sorted(self._entries(stack), key=lambda entry: entry.site.layer)
+        ahead = [entry.stream for entry in entries]
+        between = [None if stream is None else behind_attention(entry, stream) for entry, stream in zip(entries, ahead, strict=True)]
+        behind = [behind_layer(entry) for entry in entries]
+        if len(entries) > 1 and behind[:-1] == between[1:]:
+            behind = []  # attention and MLP are added at once
+        layers = [one.layer for one in self._operations(stack) if _of_patches(one)]
+        found: set[fx.Node | None] = set()
+        for nodes in (ahead, between, behind):
+            found.update(node for entry, node in zip(entries, nodes, strict=False) if layers and entry.site.layer >= min(layers))
+        return set() if None in found else {node for node in found if node is not None}
 
     def _all(self, entry: Found, stream: fx.Node, one: TokenOperation) -> Left:
         """Where no token has left yet."""
@@ -216,7 +231,7 @@ class Selections:
             after = self._visual(one, entry, left, current, score, at)
         chosen, left = after
         if isinstance(one, Select) and one.fuse:
-            cut = at.call(choose.fused_tokens, (current, chosen, score, entry.site.layout.prefix))
+            cut = at.call(choose.fused_tokens, (current, chosen, score, entry.site.layout.suffix))
         else:
             cut = at.call(gather_tokens, (current, chosen, 1))
         cut.meta["example_value"] = value_of(stream)
@@ -226,22 +241,28 @@ class Selections:
         self._cut[stream] = cut
         assert left.positions is not None
         self.seeds.pop(current, None)
-        prefix = entry.site.layout.prefix if isinstance(one, Select) and one.candidates == "patches" else 0
-        self.seeds[cut] = {1: Selection(left.positions, left.length, left.kept, left.fused, prefix=prefix)}
+        selection = Selection(left.positions, left.length, left.kept, left.fused)
+        if _of_patches(one):
+            source = current if stream in self.streams else None
+            selection = replace(selection, prefix=entry.site.layout.prefix, suffix=entry.site.layout.suffix, source=source)
+        self.seeds[cut] = {1: selection}
         self.kept[left.positions] = left.hints[0]
         return left
 
     def _patches(self, one: Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor) -> tuple[fx.Node, Left]:
         """Places of the patches that stay among the tokens of `current`, and what is left then."""
-        prefix, tokens = entry.site.layout.prefix, left.hints[0]
-        present = at.combine(operator.sub, left.kept, prefix)
-        every = at.combine(operator.sub, left.length, prefix)
-        hint = one.count.number(tokens - prefix, hinted_shape(current)[1] - prefix)
+        layout, tokens = entry.site.layout, left.hints[0]
+        around = layout.prefix + layout.suffix
+        present = at.combine(operator.sub, left.kept, around)
+        every = at.combine(operator.sub, left.length, around)
+        hint = one.count.number(tokens - around, hinted_shape(current)[1] - around)
         number = at.call(choose.number_kept, (present, every, one.count.keep, one.count.rounding, one.count.of == "all"))
-        chosen = at.call(choose.chosen_patches, (score, prefix, number))
-        positions = at.call(choose.composed_positions, (left.positions, chosen, left.length, one.fuse))
+        chosen = at.call(choose.chosen_patches, (score, layout.prefix, number, layout.suffix))
+        positions = at.call(choose.composed_positions, (left.positions, chosen))
+        if one.fuse:
+            positions = at.call(choose.positions_with_fused, (positions, left.length, layout.suffix))
         kept = at.call_method("size", (positions, 1))
-        return chosen, Left(positions, left.length, kept, 0, 0, (prefix + hint + one.fuse, 0, 0), left.fused or one.fuse)
+        return chosen, Left(positions, left.length, kept, 0, 0, (around + hint + one.fuse, 0, 0), left.fused or one.fuse)
 
     def _visual(
         self, one: Exit | Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor
@@ -276,7 +297,7 @@ class Selections:
                     leaves = at.call(choose.visual_leaving, (mask, score, number))
         kept = at.combine(operator.add, at.combine(operator.sub, left.kept, left.visual), number)
         chosen = at.call(kept_positions, (leaves, kept))
-        positions = chosen if left.positions is None else at.call(choose.composed_positions, (left.positions, chosen, left.length, False))
+        positions = chosen if left.positions is None else at.call(choose.composed_positions, (left.positions, chosen))
         return chosen, Left(positions, left.length, kept, number, left.every, (tokens - present + hint, hint, every))
 
     def _staying(self, one: Exit, entry: Found, mask: fx.Node, current: fx.Node, score: fx.Node | None, left: Left, at: Cursor) -> fx.Node:

@@ -54,29 +54,38 @@ def received_as_one_head(query: Tensor, key: Tensor, start: int, stop: int | Non
     return received
 
 
-def chosen_patches(score: Tensor, prefix: int, kept: int) -> Tensor:
-    """Positions [B, prefix + kept] (int64, ascending): the first `prefix` tokens, and those behind them of the greatest `score` [B, N]."""
-    best = score[:, prefix:].topk(kept, dim=1).indices.sort(dim=1).values + prefix
-    first = torch.arange(prefix, device=score.device).expand(len(score), -1)
-    return torch.cat([first, best], 1)
+def chosen_patches(score: Tensor, prefix: int, kept: int, suffix: int) -> Tensor:
+    """Places [B, prefix + kept + suffix] (int64, ascending): the first `prefix` tokens, the last `suffix`, and of those between the ones of
+    the greatest `score` [B, N]."""
+    tokens = score.shape[1]
+    best = score[:, prefix : tokens - suffix].topk(kept, dim=1).indices.sort(dim=1).values + prefix
+    first, last = (torch.arange(*ends, device=score.device).expand(len(score), -1) for ends in ((0, prefix), (tokens - suffix, tokens)))
+    return torch.cat([first, best, last], 1)
 
 
-def fused_tokens(stream: Tensor, positions: Tensor, score: Tensor, prefix: int) -> Tensor:
-    """The tokens of `stream` [B, N, C] at `positions` [B, K], and behind them the sum of all others, each times its score [B, N]."""
+def fused_tokens(stream: Tensor, positions: Tensor, score: Tensor, suffix: int) -> Tensor:
+    """The tokens of `stream` [B, N, C] at `positions` [B, K], and in front of the last `suffix` the sum of all others, each times its score
+    [B, N]."""
     if positions.shape[1] == stream.shape[1]:
         raise ModelCallError(f"none of {stream.shape[1]} tokens leaves, so none can be fused; keep fewer or do not fuse")
     kept = gather_tokens(stream, positions, 1)
     weights = score.scatter(1, positions, 0.0)
-    return torch.cat([kept, (weights[:, None, :].to(stream.dtype) @ stream)], 1)
+    return _in_front_of_last(kept, weights[:, None, :].to(stream.dtype) @ stream, suffix)
 
 
-def composed_positions(before: Tensor | None, chosen: Tensor, length: int, fused: bool) -> Tensor:
-    """Positions in the stream's full length of what was `chosen` [B, K] of the tokens at `before` [B, N]; None: every token was there.
+def composed_positions(before: Tensor | None, chosen: Tensor) -> Tensor:
+    """Positions in the stream's full length of what was `chosen` [B, K] of the tokens at `before` [B, N]; None: every token was there."""
+    return chosen if before is None else before.gather(1, chosen)
 
-    fused: one more token follows, which is none of the stream's own: its position is `length`.
-    """
-    positions = chosen if before is None else before.gather(1, chosen)
-    return torch.cat([positions, positions.new_full((len(positions), 1), length)], 1) if fused else positions
+
+def positions_with_fused(positions: Tensor, length: int, suffix: int) -> Tensor:
+    """`positions` [B, K] with one more, `length`, in front of the last `suffix`: a token that is none of the stream's own."""
+    return _in_front_of_last(positions, positions.new_full((len(positions), 1), length), suffix)
+
+
+def _in_front_of_last(tokens: Tensor, one: Tensor, suffix: int) -> Tensor:
+    ahead = tokens.shape[1] - suffix
+    return torch.cat([tokens[:, :ahead], one, tokens[:, ahead:]], 1)
 
 
 def visual_leaving(visual: Tensor, score: Tensor, kept: int) -> Tensor:

@@ -37,15 +37,20 @@ def insert_gather_call(like: fx.Node, value: fx.Node, axis: int, positions: fx.N
     return insert_call(like, gather_tokens, (value, positions, axis), layout, traced=example(value))
 
 
-def insert_restore_call(like: fx.Node, value: fx.Node, axis: int, selection: Selection, place: Placement) -> fx.Node:
+def insert_restore_call(
+    like: fx.Node, value: fx.Node, axis: int, selection: Selection, place: Placement, into: fx.Node | None = None
+) -> fx.Node:
     """A tensor of the full length on `axis`, with the tokens of `value` in place, at the insertion point.
 
-    Where tokens were merged, each place has the token that holds it.
+    Where tokens were merged, each place has the token that holds it. into: what has the tokens that left; None: zeros.
     """
     if selection.holders is not None:
         return insert_gather_call(like, value, axis, selection.holders, place)
     layout = {"batch_axis": place.batch, "rows": place.rows, **({"fused": True} if selection.fused else {})}
-    return insert_call(like, scatter_tokens, (value, selection.positions, axis, selection.length), layout, traced=example(value))
+    given = {} if into is None else {"into": into}
+    return insert_call(
+        like, scatter_tokens, (value, selection.positions, axis, selection.length), {**layout, **given}, traced=example(value)
+    )
 
 
 def set_argument(node: fx.Node, path: tuple[int | str, ...], value: Any) -> None:

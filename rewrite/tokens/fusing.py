@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rewrite.ir.selection import Criteria
-from rewrite.tokens.merging import Match, merged_tokens, with_first_in_front
+from rewrite.tokens.merging import Match, merged_tokens, protect, with_ends_in_place
 
 
 def attended(received: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -18,17 +18,20 @@ def attended(received: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def fused_match(stream: Tensor, received: Tensor, sizes: Tensor, prefix: int, count: float, criteria: tuple[float, float, float]) -> Match:
-    """The match of at most `count` tokens of `stream` [B, N, C], a number or a share of those behind CLS; none of the first `prefix`.
+def fused_match(
+    stream: Tensor, received: Tensor, sizes: Tensor, prefix: int, suffix: int, count: float, criteria: tuple[float, float, float]
+) -> Match:
+    """The match of at most `count` tokens of `stream` [B, N, C], a number or a share of those behind CLS.
+
+    None of the first `prefix` and the last `suffix` go into others or take others in.
 
     Half of them are tokens at even places that go into ones at odd places, the others are of these, and go into even ones that are left:
     each to that of the greatest product of `pair_scores`. received, sizes: [B, N].
     """
     batch, tokens, _ = stream.shape
-    number = Criteria(*criteria).number(count, tokens, prefix)
+    number = Criteria(*criteria).number(count, tokens, prefix + suffix)
     scores = pair_scores(stream, received, sizes, *criteria)
-    scores[:, : (prefix + 1) // 2] = -torch.inf
-    scores[:, :, : prefix // 2] = -torch.inf
+    protect(scores, tokens, prefix, suffix)
     forth, back = number // 2, number - number // 2
     closest, odd = scores.max(2)
     order = closest.argsort(dim=1, descending=True, stable=True)
@@ -42,7 +45,7 @@ def fused_match(stream: Tensor, received: Tensor, sizes: Tensor, prefix: int, co
     place = place.scatter(1, left_odd, behind.expand(batch, -1)).scatter(1, gone_odd, even.gather(1, gone_odd))
     stays = torch.cat([2 * left_even, 2 * left_odd + 1], 1)
     target = torch.cat([place.gather(1, odd.gather(1, gone_even)), even.gather(1, gone_odd)], 1)
-    return with_first_in_front(stays, torch.cat([2 * gone_even, 2 * gone_odd + 1], 1), target, prefix)
+    return with_ends_in_place(stays, torch.cat([2 * gone_even, 2 * gone_odd + 1], 1), target, prefix, suffix)
 
 
 def pair_scores(stream: Tensor, received: Tensor, sizes: Tensor, similar: float, informative: float, sized: float) -> Tensor:

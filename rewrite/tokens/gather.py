@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from rewrite.ir.errors import ModelCallError
 
@@ -45,16 +46,28 @@ def gather_tokens(tensor: Tensor, positions: Tensor, axis: int, *, batch_axis: i
 
 
 def scatter_tokens(
-    tensor: Tensor, positions: Tensor, axis: int, length: int, *, batch_axis: int | None = 0, rows: int = 1, fused: bool = False
+    tensor: Tensor,
+    positions: Tensor,
+    axis: int,
+    length: int,
+    *,
+    batch_axis: int | None = 0,
+    rows: int = 1,
+    fused: bool = False,
+    into: Tensor | None = None,
 ) -> Tensor:
     """Zeros of length `length` along `axis`, with the K tokens of `tensor` at `positions` [B, K]; the inverse of `gather_tokens`.
 
-    fused: tokens at position `length` are none of the axis, and are left out.
+    fused: tokens at position `length` are none of the axis, and are left out. into: what stands at all other places, instead of zeros.
     """
     axis = axis % tensor.dim()
     shape = list(tensor.shape)
     shape[axis] = length + fused
-    full = tensor.new_zeros(shape)
+    if into is None:
+        full = tensor.new_zeros(shape)
+    else:
+        full = functional.pad(into, (0, 0) * (tensor.dim() - 1 - axis) + (0, 1)) if fused else into
+        full = full.to(tensor.dtype)
     if batch_axis is None:
         full = full.index_copy(axis, positions[0], tensor)
     else:
@@ -79,9 +92,10 @@ def join_positions(positions: Sequence[Tensor | None], lengths: Sequence[int]) -
     return torch.cat(joined, 1)
 
 
-def positions_behind(positions: Tensor, start: int) -> Tensor:
-    """Positions [B, K - start] in the axis without its first `start` tokens, all of which are at the first places of `positions` [B, K]."""
-    return positions[:, start:] - start
+def positions_between(positions: Tensor, first: int, last: int) -> Tensor:
+    """Positions [B, K - first - last] in the axis without its `first` first and `last` last tokens, which all are at the first and the last
+    places of `positions` [B, K]."""
+    return positions[:, first : positions.shape[1] - last] - first
 
 
 def flatten_positions(positions: Tensor, length: int) -> Tensor:

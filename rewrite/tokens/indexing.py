@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def _pieces(node: fx.Node) -> Flow:
 
 def _one_dimension(node: fx.Node) -> Flow:
     """select and unbind: an entry of one dimension, which is gone."""
-    return _cut(node, dimensions(node, 1, 0, len(shape_of(one_source(node)[0].node))), gone=True)
+    flow = _cut(node, dimensions(node, 1, 0, len(shape_of(one_source(node)[0].node))), gone=True)
+    span = _span_of_one(rules.argument(node, 2, "index")) if rules.name_of(node) == "select" else None
+    return replace(flow, groups=tuple(replace(group, span=span) for group in flow.groups))
 
 
 def _pad(node: fx.Node) -> Flow | None:
@@ -104,7 +107,7 @@ def _getitem(node: fx.Node) -> Flow | None:
         else:  # a number
             if tensors:
                 return None
-            groups.append(Group((axis,), (), cut=True))
+            groups.append(Group((axis,), (), cut=True, span=_span_of_one(entry)))
         axis += _consumes(entry)
     operands = [Operand(("args", 0), source, tuple(range(len(shape))))]
     if place is not None:
@@ -137,6 +140,10 @@ def _is_full(entry: slice, size: Any) -> bool:
 def _span(entry: slice) -> tuple[int, int | None] | None:
     start, stop = entry.start or 0, entry.stop
     return (start, stop) if isinstance(start, int) and isinstance(stop, int | None) and entry.step in (None, 1) else None
+
+
+def _span_of_one(index: Any) -> tuple[int, int | None] | None:
+    return (index, None if index == -1 else index + 1) if isinstance(index, int) else None
 
 
 INDEXING: dict[str, Callable[[fx.Node], Flow | None]] = {

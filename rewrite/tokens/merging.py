@@ -17,29 +17,38 @@ Match = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def matched(key: Tensor, prefix: int, count: int) -> Match:
-    """The match of at most `count` tokens by their keys [B, H, N, D], even places with odd ones; none of the first `prefix`."""
+def matched(key: Tensor, prefix: int, suffix: int, count: int) -> Match:
+    """The match of at most `count` tokens by their keys [B, H, N, D], even places with odd ones; none of the first `prefix` and the last
+    `suffix`."""
     metric = functional.normalize(key.to(_wide(key)).mean(1), dim=-1)
     batch, tokens, _ = metric.shape
-    number = max(0, min(count, (tokens - prefix) // 2))
+    number = max(0, min(count, (tokens - prefix - suffix) // 2))
     even, odd = metric[:, ::2], metric[:, 1::2]
     scores = even @ odd.mT
-    scores[:, : (prefix + 1) // 2] = -torch.inf
-    scores[:, :, : prefix // 2] = -torch.inf
+    protect(scores, tokens, prefix, suffix)
     closest, best = scores.max(-1)
     order = closest.argsort(dim=1, descending=True, stable=True)
     gone, left = order[:, :number], order[:, number:].sort(dim=1).values
-    # The first tokens stay in front. They are the first of the even and of the odd ones, and none goes into an odd one of them, so that
-    # behind them all the others are where they would be behind the even ones.
-    even_first, odd_first = (prefix + 1) // 2, prefix // 2
+    # The first and the last tokens stay at the ends. Each are the first and the last of the even and of the odd ones, and none goes into an
+    # odd one of them, so that all others lie as they would without.
+    end, even_first, odd_first = tokens - suffix, (prefix + 1) // 2, prefix // 2
+    even_left = left.shape[1] - (tokens + 1) // 2 + (end + 1) // 2
     places = torch.arange(tokens, device=key.device).expand(batch, -1)
-    stays = torch.cat([places[:, :prefix], 2 * left[:, even_first:], places[:, 2 * odd_first + 1 :: 2]], 1)
-    return stays, 2 * gone, best.gather(1, gone) + left.shape[1]
+    stays = torch.cat([places[:, :prefix], 2 * left[:, even_first:even_left], places[:, 2 * odd_first + 1 : end : 2], places[:, end:]], 1)
+    return stays, 2 * gone, best.gather(1, gone) + even_left
 
 
-def with_first_in_front(stays: Tensor, merged: Tensor, target: Tensor, prefix: int) -> Match:
-    """A match whose tokens that stay begin with the first `prefix`, which are known by that in later layers."""
-    order = (stays >= prefix).to(torch.uint8).argsort(dim=1, stable=True)
+def protect(scores: Tensor, tokens: int, prefix: int, suffix: int) -> None:
+    """Let none of the first `prefix` and last `suffix` of `tokens` match: scores [B, even, odd], in place."""
+    end = tokens - suffix
+    scores[:, : (prefix + 1) // 2] = scores[:, (end + 1) // 2 :] = -torch.inf
+    scores[:, :, : prefix // 2] = scores[:, :, end // 2 :] = -torch.inf
+
+
+def with_ends_in_place(stays: Tensor, merged: Tensor, target: Tensor, prefix: int, suffix: int) -> Match:
+    """A match whose tokens that stay begin with the first `prefix` and end with the last `suffix`, known by that in later layers."""
+    end = stays.shape[1] + merged.shape[1] - suffix
+    order = ((stays >= prefix).to(torch.uint8) + (stays >= end)).argsort(dim=1, stable=True)
     return stays.gather(1, order), merged, order.argsort(dim=1).gather(1, target)
 
 

@@ -14,7 +14,8 @@ from rewrite.ir.errors import NotApplicableError
 from rewrite.tokens import rules
 from rewrite.tokens.edits import combine, full_size, insert_call, insert_gather_call, insert_lift, insert_restore_call, set_argument
 from rewrite.tokens.flow import Flow, Group, Label, Operand
-from rewrite.tokens.gather import flatten_positions, join_positions, positions_behind
+from rewrite.tokens.frozen import Frozen
+from rewrite.tokens.gather import flatten_positions, join_positions, positions_between
 from rewrite.tokens.placement import Placement, Selection, is_tensor, module_path, shape_of
 
 
@@ -30,20 +31,24 @@ _WITHOUT = {"fused": "select without fusing", "merged": "merge in other layers"}
 class Operands:
     """Where every tensor of a graph has its tokens, and the nodes that were inserted to bring operands together."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: frozenset[fx.Node] = frozenset()) -> None:
         self.placements: dict[fx.Node, Placement] = {}
+        self.frozen = Frozen(self.placements, streams)
+        self.readers: set[fx.Node] = set()  # nodes that are given the dropped tokens as they left
         self.gathered: dict[Any, fx.Node] = {}
         self.restored: dict[fx.Node, fx.Node] = {}
         self.joined: dict[Any, Selection] = {}
         self.flat: dict[fx.Node, Selection] = {}  # by positions: the selection of batch and tokens merged
         self.folded: dict[fx.Node, tuple[Selection, Any, Any]] = {}  # by merged positions: the one it was, B, and N
-        self.behind: dict[tuple[fx.Node, int], Selection] = {}  # by positions and start: the selection without so many first tokens
+        # By positions and two numbers: the selection without so many first and last tokens.
+        self.inner: dict[tuple[fx.Node, int, int], Selection] = {}
         self.ahead: dict[fx.Node, tuple[Selection, int]] = {}  # by positions of such a one: the whole selection, and the start
 
     def forget(self) -> None:
         """A tensor was written to: what was gathered from it, or restored, is another tensor now."""
         self.gathered.clear()
         self.restored.clear()
+        self.frozen.forget()
 
     def placed(self, operand: Operand) -> tuple[Placement, dict[Label, Selection], set[Label], Label | None]:
         """What is known of one operand, by label: its selections, its restored axes and its batch."""
@@ -132,24 +137,27 @@ class Operands:
     def sliced(self, operand: Operand, group: Group) -> tuple[bool, Selection | None]:
         """Whether a slice cuts a selected axis where all tokens are left, and the selection of the slice, None where it has every token.
 
-        Rotary tables and heads leave out the tokens in front of a grid (CLS, registers), which are never dropped.
+        Rotary tables and heads take the tokens in front of a grid (CLS, registers) apart, and those behind it, which are never dropped.
         """
         selected = self.placed(operand)[1]
         selection = selected.get(group.ins[0])
         if selection is None or group.span is None or selection.holders is not None or len(group.ins) != 1:
             return False, None
-        start, stop = group.span
-        if stop is not None:
-            return 0 <= start <= stop <= selection.prefix, None
-        if not 0 < start <= selection.prefix:
+        start, stop = _from_the_ends(group.span, shape_of(operand.node)[operand.labels.index(group.ins[0])], selection.suffix)
+        if (stop is not None and 0 <= start <= stop <= selection.prefix) or (-selection.suffix <= start < 0 and (stop is None or stop < 0)):
+            return True, None
+        if not 0 <= start <= selection.prefix or (stop is not None and not -selection.suffix <= stop < 0):
             return False, None
-        key = selection.positions, start
-        if key not in self.behind:
-            positions = insert_call(operand.node, positions_behind, (selection.positions, start))
-            length, kept = (combine(positions, operator.add, [size, -start]) for size in (selection.length, selection.kept))
-            self.behind[key] = Selection(positions, length, kept, selection.fused, prefix=selection.prefix - start)
-            self.ahead[positions] = selection, start
-        return True, self.behind[key]
+        behind = 0 if stop is None else -stop
+        key = selection.positions, start, behind
+        if key not in self.inner:
+            positions = insert_call(operand.node, positions_between, (selection.positions, start, behind))
+            length, kept = (combine(positions, operator.add, [size, -start - behind]) for size in (selection.length, selection.kept))
+            prefix, suffix = selection.prefix - start, selection.suffix - behind
+            self.inner[key] = Selection(positions, length, kept, selection.fused, prefix=prefix, suffix=suffix)
+            if not behind:
+                self.ahead[positions] = selection, start
+        return True, self.inner[key]
 
     def split_off(self, node: fx.Node) -> bool:
         """Make slices of a split that takes the first tokens of a selected axis, all left, from those behind them; whether it is one."""
@@ -197,19 +205,36 @@ class Operands:
         return self.gathered[key]
 
     def restore(self, node: fx.Node, value: fx.Node) -> None:
-        """Put the dropped tokens of an operand back as zeros, on all its axes; merged ones as copies, with which all goes on as it was."""
+        """Put the dropped tokens of an operand back, on all its axes: as they left, or as zeros where they have no value there; merged ones
+        as copies. With the former and the latter all goes on as it was."""
         place = self.placements.get(value)
         if place is None or not place.axes:
             return
         if not is_tensor(value):
             refuse(node, f"operand {value.name} is a tuple of tensors with dropped tokens", "select after it")
         if value not in self.restored:
-            full = value
-            for axis, selection in place.axes.items():
-                full = insert_restore_call(node, full, axis, selection, place)
-            self.restored[value] = full
-            zeros = place.restored | {axis for axis, selection in place.axes.items() if selection.holders is None}
-            if zeros:
-                self.placements[full] = Placement(restored=zeros)
+            self.restored[value] = self.frozen.whole(value) or self._with_zeros(node, value, place)
         full = self.restored[value]
+        if self.frozen.made.get(value) is full:
+            self.readers.add(node)
         node.replace_input_with(value, full)
+
+    def _with_zeros(self, node: fx.Node, value: fx.Node, place: Placement) -> fx.Node:
+        """Every token, at the insertion point: zeros where some were dropped, copies where they were merged."""
+        full = value
+        for axis, selection in place.axes.items():
+            full = insert_restore_call(node, full, axis, selection, place)
+        zeros = place.restored | {axis for axis, selection in place.axes.items() if selection.holders is None}
+        if zeros:
+            self.placements[full] = Placement(restored=zeros)
+        return full
+
+
+def _from_the_ends(span: tuple[int, int | None], size: Any, suffix: int) -> tuple[int, int | None]:
+    """A slice of an axis of `size`, whose ends are counted from the axis's where they lie in its last `suffix` tokens; None is the end."""
+    start, stop = span
+    if not getattr(size, "is_Integer", False):
+        return span
+    if stop is not None and stop >= size - suffix:
+        stop = int(stop - size) if stop < size else None
+    return int(start - size) if size - suffix <= start < size else start, stop

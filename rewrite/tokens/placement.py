@@ -20,7 +20,8 @@ class Selection:
     """The tokens of one axis that are left.
 
     holders: where tokens were merged, int64 [B, length]: which of the tokens that are left each one of the axis went into. sized: attention
-    counts a merged token as often as the tokens that it stands for. prefix: so many first tokens of the axis are all left, in their places.
+    counts a merged token as often as the tokens that it stands for. prefix, suffix: so many first and last tokens of the axis are all left,
+    in front of the others and behind them. source: the stream that was cut, in which dropped tokens have the value that they keep.
 
     Two selections are the same where their `positions` are the same node.
     """
@@ -32,6 +33,8 @@ class Selection:
     holders: fx.Node | None = None
     sized: bool = False
     prefix: int = 0
+    suffix: int = 0
+    source: fx.Node | None = None
 
     @property
     def made(self) -> str | None:

@@ -2,7 +2,8 @@
 
 The flow of each operator says which axes run over the same tokens. A selection on one of them then holds for all: operands that still
 have every token are gathered, sizes written out are replaced, and the result has the selection on the axes it flows to. Where an axis
-is sliced, indexed or merged with another, and at the outputs, the tensor is restored first: zeros, with the kept tokens in place.
+is sliced, indexed or merged with another, and at the outputs, the tensor is restored first: to what the dropped tokens left with
+(`rewrite.tokens.frozen`), or to zeros where that is not known or has no value there, with the kept tokens in place.
 
 The result equals the original model in which the dropped tokens are masked out of every attention downstream, at the kept positions.
 What would make it differ (a mean over tokens, a convolution, an operator without a rule) is an error that names the place. Merged tokens
@@ -38,7 +39,12 @@ class Pushed:
     short: Mapping[fx.Node, Selection]
 
 
-def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Selection]], short_outputs: frozenset[fx.Node]) -> Pushed:
+def push_selections(
+    graph: fx.Graph,
+    seeds: Mapping[fx.Node, Mapping[int, Selection]],
+    short_outputs: frozenset[fx.Node],
+    streams: frozenset[fx.Node] = frozenset(),
+) -> Pushed:
     """Carry the selections of `seeds` through `graph`, in place.
 
     A seed is a node whose tensor physically has, on the given axes, the selected tokens alone: a gather that was inserted and whose
@@ -46,7 +52,8 @@ def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Select
     tensor that is short already is a seed with the positions that its tokens had in the full one. Every node keeps the example value it
     was traced with, so the shapes in the graph go on meaning full lengths; so do all numbers in it.
 
-    Outputs are restored to their full length, zeros at the dropped tokens, except those in `short_outputs`.
+    Outputs are restored to their full length, except those in `short_outputs`. What is made token by token of one of `streams` (the
+    residual stream behind selections that say their `source`) is restored with the dropped tokens as they left, all else with zeros.
 
     Zeros stand also where a loss reads restored logits: the labels at dropped positions must be ignored (-100), and with labels
     shifted by one so must the label that the last dropped token of a run predicts.
@@ -58,7 +65,7 @@ def push_selections(graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Select
         NotApplicableError: an operator computes over a selected or restored axis, has no rule, or meets two different selections; the
             message names node, operator, module and remedy. The graph is then half rewritten: push into a copy.
     """
-    return _Surgery(graph, seeds, short_outputs).run()
+    return _Surgery(graph, seeds, short_outputs, streams).run()
 
 
 def insert_gather(graph: fx.Graph, value: fx.Node, axis: int, selection: Selection, after: fx.Node | None = None) -> fx.Node:
@@ -81,11 +88,18 @@ def _seed_layout(node: fx.Node) -> Placement:
 
 
 class _Surgery:
-    def __init__(self, graph: fx.Graph, seeds: Mapping[fx.Node, Mapping[int, Selection]], short_outputs: frozenset[fx.Node]) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        seeds: Mapping[fx.Node, Mapping[int, Selection]],
+        short_outputs: frozenset[fx.Node],
+        streams: frozenset[fx.Node],
+    ) -> None:
         self.graph = graph
         self.seeds = seeds
         self.short_outputs = short_outputs
-        self.operands = Operands()
+        self.streams = streams
+        self.operands = Operands(streams)
         self.placements = self.operands.placements
 
     def run(self) -> Pushed:
@@ -93,6 +107,7 @@ class _Surgery:
         for node in list(self.graph.nodes):
             if node in self.seeds:
                 self.placements[node] = self.seed(node)
+                self.operands.frozen.cut(node, self.seeds[node])
             elif node.op == "output":
                 short = self.output(node)
             elif any(source in self.placements for source in node.all_input_nodes):
@@ -100,6 +115,7 @@ class _Surgery:
                     self.visit(node)
             if rules.in_place(node) or rules.name_of(node) == "setitem":
                 self.operands.forget()
+        self.stay_behind()
         return Pushed({node: place.axes for node, place in self.placements.items() if place.axes}, short)
 
     def seed(self, node: fx.Node) -> Placement:
@@ -190,10 +206,11 @@ class _Surgery:
             restored |= zeros
         self.check(node, flow, selected, restored, batch)
 
-        for operand in flow.operands:
-            self.operands.gather(node, operand, selected, batch, rows)
         if name == "view" and selected:  # a gathered tensor may have other strides than the traced one
             node.target = "reshape"
+        self.operands.frozen.note(node, flow, selected)
+        for operand in flow.operands:
+            self.operands.gather(node, operand, selected, batch, rows)
         if name == "squeeze" and selected and rules.argument(node, 1, "dim") is None:
             node.args = (node.args[0], tuple(i for i, size in enumerate(shape_of(flow.operands[0].node)) if size == 1))
 
@@ -252,6 +269,19 @@ class _Surgery:
                 else:
                     (short[value],) = place.axes.values()
         return short
+
+    def stay_behind(self) -> None:
+        """Refuse where a later layer is given tokens that left, by what lies between (a convolution over the grid)."""
+        reached = set(self.operands.readers)
+        for node in self.graph.nodes:
+            if node in reached or any(source in reached for source in node.all_input_nodes):
+                reached.add(node)
+                if node in self.streams:
+                    refuse(
+                        min(self.operands.readers),
+                        "it reads the grid, of which some tokens were dropped, between layers of attention",
+                        "select after it",
+                    )
 
 
 def _reads_sizes(node: fx.Node) -> bool:

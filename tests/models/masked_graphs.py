@@ -1,13 +1,14 @@
 """The original model with tokens masked or merged, whatever its code looks like: its captured graphs, run node by node.
 
-The attention of one stack of layers is computed from its IR with the dropped tokens masked; everything else is the model's own operators.
-Where tokens merge, every one of them goes on holding the merged value: attention then counts it as often as it stands for tokens.
+The attention of one stack of layers is computed from its IR with the dropped tokens masked, and nothing is added to these any more;
+everything else is the model's own operators. Where tokens merge, every one of them goes on holding the merged value: attention then counts
+it as often as it stands for tokens.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from rewrite.compiled import WHOLE_GRAPHS
 from rewrite.engine import copy_graph
 from rewrite.ir.expression import B, J, read
 from rewrite.ir.semantics import attention_weights
-from rewrite.lower.residual import behind_attention
+from rewrite.lower.residual import behind_attention, behind_layer
 from rewrite.recognise.region import viewed
 from rewrite.recognise.sites import Found, recognise
 from rewrite.runner import CAPTURE_ERRORS
@@ -33,7 +34,8 @@ ALIVE = "alive"
 class Masked:
     """A Dynamo backend. of: whether a site is in the stack. before, behind: see `Survivors`; layers count from 0 over the whole call.
 
-    merges: by layer, how many tokens its keys merge away, of which the first `prefix` stay. weights: of every attention, by name.
+    merges: by layer, how many tokens its keys merge away, of which the first `prefix` and the last `suffix` stay. weights: of every
+    attention, by name.
     """
 
     of: Callable[[Site], bool]
@@ -41,7 +43,9 @@ class Masked:
     behind: dict[int, Rule] = field(default_factory=dict)
     merges: dict[int, int] = field(default_factory=dict)
     prefix: int = 0
+    suffix: int = 0
     alive: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     layer: int = -1
     groups: list[list[list[int]]] | None = None
@@ -75,7 +79,7 @@ class Masked:
         attend = entry.site.attend
         if not self.of(entry.site):
             self.weights[entry.site.name] = attention_weights(attend, dict(values))
-            return None
+            return self.pooled(entry.site, values)
         self.layer += 1
         batch, tokens = values["key"].shape[0], values["key"].shape[2]
         if self.alive is None:
@@ -85,9 +89,37 @@ class Masked:
         if self.layer in self.before:
             self.alive = self.before[self.layer](weights, self.alive)
             weights = attention_weights(seen, {**values, ALIVE: self.alive.float()})
+        self.seen = self.alive
         if self.layer in self.behind:
             self.alive = self.behind[self.layer](weights, self.alive)
         return weights @ values["value"].repeat_interleave(weights.shape[1] // values["value"].shape[1], dim=1)
+
+    def pooled(self, site: Site, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+        """Attention of a few queries to what is left of the stack."""
+        keys = values["key"].shape[2]
+        if (
+            self.merges
+            or self.alive is None
+            or site.kind != "cross"
+            or keys not in (self.alive.shape[1], self.alive.shape[1] - self.prefix)
+        ):
+            return None
+        seen = replace(site.attend, mask=sympy.And(site.attend.mask, sympy.Ne(read(ALIVE, B, J), 0)))
+        return attention_weights(seen, {**values, ALIVE: self.alive[:, -keys:].float()}) @ values["value"]
+
+    def frozen(self, entry: Found, later: Found | None) -> Iterator[tuple[fx.Node, fx.Node, torch.Tensor]]:
+        """The residual stream behind a layer's attention, behind the layer, and in front of the next, each with what it was before and what
+        it changes of."""
+        ahead, following = entry.stream, later.stream if later is not None else None
+        assert self.seen is not None
+        assert self.alive is not None
+        if ahead is not None:
+            behind = ((behind_attention(entry, ahead), self.seen), (behind_layer(entry), self.alive), (following, self.alive))
+            for node, alive in behind:
+                # Where attention and MLP are added at once, the next sum is the next layer's.
+                if node is not None and node > ahead and (following is None or node <= following):
+                    yield node, ahead, alive
+                    ahead = node
 
     def merged(self, stream: torch.Tensor, key: torch.Tensor, count: int) -> torch.Tensor:
         """Every token of [B, N, C] that merges with others holds their mean afterwards; `key` [B, H, N, D] says which are alike."""
@@ -98,11 +130,12 @@ class Masked:
             metric = nn.functional.normalize(key[row].mean(0), dim=-1)
             alike = metric @ metric.T
             pairs = []
+            end = len(groups) - self.suffix
             for even in range(0, len(groups), 2):
-                odds = [odd for odd in range(1, len(groups), 2) if odd >= self.prefix]
-                if even >= self.prefix:
+                odds = [odd for odd in range(1, len(groups), 2) if self.prefix <= odd < end]
+                if self.prefix <= even < end:
                     pairs.append((*max((float(alike[groups[even][0], groups[odd][0]]), -odd) for odd in odds), even))
-            pairs = sorted(pairs, key=lambda pair: (-pair[0], pair[2]))[: min(count, (len(groups) - self.prefix) // 2)]
+            pairs = sorted(pairs, key=lambda pair: (-pair[0], pair[2]))[: min(count, (end - self.prefix) // 2)]
             into = {even: -odd for _, odd, even in pairs}
             for even, odd in into.items():
                 groups[odd] = groups[odd] + groups[even]
@@ -118,6 +151,7 @@ class _Run(fx.Interpreter):
         self.masked = masked
         self.sites = {entry.region.output: entry for entry in found}
         self.residuals: dict[fx.Node, tuple[Found, int]] = {}
+        self.frozen: dict[fx.Node, tuple[fx.Node, torch.Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -127,12 +161,20 @@ class _Run(fx.Interpreter):
             values = {name: operand.layout.apply(self.env[operand.node]) for name, operand in region.operands().items()}
             made = self.masked.attended(entry, values)
             if made is not None:
+                if not self.masked.merges and self.masked.of(entry.site):
+                    later = next(
+                        (one for one in self.sites.values() if one.site.layer > entry.site.layer and self.masked.of(one.site)), None
+                    )
+                    self.frozen.update({node: (ahead, alive) for node, ahead, alive in self.masked.frozen(entry, later)})
                 if self.masked.layer in self.masked.merges and entry.stream is not None:
                     residual = behind_attention(entry, entry.stream)
                     if residual is not None:
                         self.residuals[residual] = (entry, self.masked.layer)
                 permuted = made.permute(region.output_order)
                 result = permuted if region.output_shape is None else viewed(permuted, region.output_shape)
+        if n in self.frozen:
+            ahead, alive = self.frozen[n]
+            result = torch.where(alive[..., None], result, self.env[ahead])
         if n in self.residuals:
             entry, layer = self.residuals[n]
             key = entry.region.key.layout.apply(self.env[entry.region.key.node])

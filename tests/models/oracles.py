@@ -214,14 +214,13 @@ def best(score: torch.Tensor, candidates: torch.Tensor, count: int) -> torch.Ten
     return chosen
 
 
-def cls_row(keep: float, prefix: int) -> Rule:
+def cls_row(keep: float, prefix: int, suffix: int = 0) -> Rule:
     """EViT's rule without fusing."""
 
     def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        patches = alive.clone()
-        patches[:, :prefix] = False
-        left = best(weights[:, :, 0].mean(1), patches, math.ceil(keep * int(patches[0].sum())))
-        left[:, :prefix] = True
-        return left
+        around = torch.ones_like(alive)
+        around[:, prefix : alive.shape[1] - suffix] = False
+        patches = alive & ~around
+        return around | best(weights[:, :, 0].mean(1), patches, math.ceil(keep * int(patches[0].sum())))
 
     return rule

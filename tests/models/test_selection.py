@@ -31,7 +31,6 @@ def test_patches_leave_an_encoder(name: str, prefix: int, implementation: str) -
     for actual, wanted in zip(call(changed, inputs), expected, strict=True):
         assert actual.shape == wanted.shape
         left = oracle.alive if actual.ndim == 3 else torch.ones(len(actual), dtype=torch.bool)
-        assert torch.count_nonzero(actual[~left]) == 0
         assert (actual - wanted)[left].abs().max() <= 256 * architecture.sites * EPS * wanted[left].abs().max()
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,16 @@ EPSILON = torch.finfo(torch.float32).eps
 VISUAL = {"fastv": "fastv(layer=1)", "pyramid": "pyramid(layers=(1,))", "cls_prune": "cls_prune(keep=0.5)"}
 PATCHES = {"evit": "evit(keep=0.6, layers=(0,), fuse=False)", "merge": "merge(r=3, layers=(0,))"}
 
-# name -> passes: rotary tables behind a prefix; a pooling attention behind the layers.
-CORE = {"dinov3-vit": ("evit",), "vit_base_patch16_siglip_224": ("merge",)}
+# name -> passes: rotary tables behind a prefix; a pooling attention behind the layers; a head that lays the tokens of every layer out on
+# their grid; tokens of a detector behind the grid.
+CORE = {"dinov3-vit": ("evit",), "vit_base_patch16_siglip_224": ("merge",), "dpt": ("evit",), "yolos": ("evit",)}
 
 # (name, pass) -> what the refusal says.
-REFUSED = {("swin_tiny_patch4_window7_224", "merge"): "windows", ("vit_small_patch16_18x2_224", "merge"): "attends beside it"}
+REFUSED = {
+    ("swin_tiny_patch4_window7_224", "merge"): "windows",
+    ("vit_small_patch16_18x2_224", "merge"): "attends beside it",
+    ("yolos", "merge"): "an entry for every token of the model's own, and none for tokens that were merged",
+}
 
 
 def fitting(entry: Entry) -> tuple[str, ...]:
@@ -62,11 +68,11 @@ def tower_of(entry: Entry) -> Tower:
 def masked(entry: Entry, one: str, report: Report, inputs: dict[str, Any]) -> tuple[Masked, torch.Tensor | None]:
     """The oracle, and which rows of the results are no padding."""
     if one in PATCHES:
-        layout = next(site for site in report.sites if site.passes)
-        prefix = int(layout.token_layout.split(" prefix")[0]) if " prefix" in layout.token_layout else 0
-        oracle = Masked(lambda s: s.kind == "self" and s.layout.grid is not None and s.layout.window is None, prefix=prefix)
+        layout = next(site for site in report.sites if site.passes).token_layout
+        prefix, suffix = (int(found[1]) if (found := re.search(rf"(\d+) {where}", layout)) else 0 for where in ("prefix", "behind"))
+        oracle = Masked(lambda s: s.kind == "self" and s.layout.grid is not None and s.layout.window is None, prefix=prefix, suffix=suffix)
         if one == "evit":
-            oracle.behind[0] = cls_row(0.6, prefix)
+            oracle.behind[0] = cls_row(0.6, prefix, suffix)
         else:
             oracle.merges[0] = 3
         return oracle, None
@@ -105,10 +111,8 @@ def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: st
         assert got.shape == wanted.shape
         left = torch.ones_like(wanted, dtype=torch.bool)
         for count in (alive.shape[1], alive.shape[1] - oracle.prefix):
-            if wanted.shape[:2] == (len(alive), count):
+            if one in VISUAL and wanted.shape[:2] == (len(alive), count):
                 left[~alive[:, -count:]] = False
-            if wanted.ndim == 4 and wanted.shape[2] * wanted.shape[3] == count and not oracle.merges:
-                left &= alive[:, None, -count:].reshape(len(alive), 1, *wanted.shape[2:])
         if real is not None and wanted.shape[:2] == real.shape:
             left[~real] = False
         error = (got - wanted)[left].abs().max()

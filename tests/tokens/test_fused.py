@@ -15,8 +15,8 @@ from tests.tokens.token_graphs import traced
 
 def test_positions_compose_through_fused_tokens() -> None:
     """Three tokens of six stay and one is fused; then two of these four and another fused one."""
-    first = choose.composed_positions(None, torch.tensor([[0, 2, 5]]), 6, True)
-    second = choose.composed_positions(first, torch.tensor([[0, 3]]), 6, True)
+    first = choose.positions_with_fused(choose.composed_positions(None, torch.tensor([[0, 2, 5]])), 6, 0)
+    second = choose.positions_with_fused(choose.composed_positions(first, torch.tensor([[0, 3]])), 6, 0)
     assert first.tolist() == [[0, 2, 5, 6]]
     assert second.tolist() == [[0, 6, 6]]
     short = torch.tensor([[[1.0], [7.0], [9.0]]], requires_grad=True)
@@ -29,7 +29,7 @@ def test_positions_compose_through_fused_tokens() -> None:
 
 def test_what_leaves_is_summed_by_its_score() -> None:
     stream, score = torch.arange(8.0).reshape(1, 4, 2), torch.tensor([[9.0, 0.5, 0.25, 2.0]])
-    made = choose.fused_tokens(stream, torch.tensor([[0, 3]]), score, 1)
+    made = choose.fused_tokens(stream, torch.tensor([[0, 3]]), score, 0)
     torch.testing.assert_close(made[:, :2], gather_tokens(stream, torch.tensor([[0, 3]]), 1))
     torch.testing.assert_close(made[0, 2], 0.5 * stream[0, 1] + 0.25 * stream[0, 2])
 
