@@ -39,7 +39,7 @@ def interval_plan(form: StateForm, sizes: Sizes, found: Intervals) -> Runs | Non
 
 def interval_steps(form: StateForm, sizes: Sizes, found: Intervals, chunk: int) -> Runs:
     """The same with `chunk` queries at a time, or as many as may be where the state has all keys of their segment."""
-    rows = chunk if form.limit is not None else max(chunk, best_chunk_of(form, sizes))
+    rows = chunk if form.limit is not None or form.order is not None else max(chunk, best_chunk_of(form, sizes))
     key_order, _, query_order, begins, ends = (each.long() for each in found)
     runs: Runs = []
     for row in range(len(key_order)):

@@ -48,8 +48,8 @@ class Intervals(NamedTuple):
 
 
 def by_integers(sides: MaskSides, tensors: Mapping[str, torch.Tensor]) -> bool:
-    """Whether segments are told apart by integers: what is no number equals nothing, and has no place among the others."""
-    return not any(tensors[name].is_floating_point() for name in tensors_in(*(side for pair in sides.segments for side in pair)))
+    """Whether all that is compared are integers: what is no number equals nothing, and has no place among the others."""
+    return not any(tensors[name].is_floating_point() for name in tensors_in(*sides.compared))
 
 
 @lru_cache(maxsize=1024)
@@ -61,11 +61,11 @@ def mask_sides(mask: str) -> MaskSides:
 def intervals(sides: MaskSides, tensors: Mapping[str, torch.Tensor], query: torch.Tensor, key: torch.Tensor) -> Intervals:
     """The intervals by a mask's limit and its segments.
 
-    tensors: by name, what the segments read. query [B, H, Nq, D], key [B, Hkv, Nk, D]. Raises `RewriteError` for segments that are told
-    apart by floating numbers.
+    tensors: by name, what the segments read. query [B, H, Nq, D], key [B, Hkv, Nk, D]. Raises `RewriteError` where floating numbers are
+    compared.
     """
     if not by_integers(sides, tensors):
-        raise RewriteError("segments are told apart by floating numbers; give them as integers")
+        raise RewriteError("its mask compares floating numbers of queries and keys; give them as integers")
     sizes, device = (query.shape[0], query.shape[1], query.shape[2], key.shape[2]), query.device
     n_queries, n_keys = sizes[2:]
     places = all_positions(sizes, device)
@@ -74,20 +74,30 @@ def intervals(sides: MaskSides, tensors: Mapping[str, torch.Tensor], query: torc
         numbers = [_rows(side, places, tensors, n) for side, n in zip(pair, (n_queries, n_keys), strict=True)]
         both = zip((of_query, of_key), _ranked(*numbers), strict=True)
         of_query, of_key = _ranked(*(before * (n_queries + n_keys) + own for before, own in both))
-    key_order = of_key.argsort(dim=1, stable=True)
-    # Segment and position in one number, by which keys are sorted now.
-    stride = n_keys + 1
-    numbered = of_key.gather(1, key_order) * stride + key_order
+    # Of a key, its place in the row or in the order; of a query, the least that it does not see.
+    of_row, limit = torch.arange(n_keys, device=device)[None], torch.full((1, n_queries), n_keys, device=device)
+    if sides.order is not None:
+        numbers = [_rows(side, places, tensors, n) for side, n in zip(sides.order[:2], (n_queries, n_keys), strict=True)]
+        limit, of_row = _ranked(*(-own if sides.order.descending else own for own in numbers))
+        limit = limit if sides.order.strict else limit + 1
+    elif sides.limit is not None:
+        limit = _rows(sides.limit, places, {}, n_queries).clamp(0, n_keys)
+    # Segment and place in one number, by which keys are sorted.
+    stride = n_queries + n_keys + 1
+    numbered = of_key * stride + of_row
+    key_order = numbered.argsort(dim=1, stable=True)
+    numbered = numbered.gather(1, key_order)
 
-    def place(segments: torch.Tensor, position: torch.Tensor | int) -> torch.Tensor:
-        return torch.searchsorted(numbered.expand(len(segments), -1).contiguous(), segments * stride + position)
+    def place(numbers: torch.Tensor) -> torch.Tensor:
+        rows = max(len(numbers), len(numbered))
+        return torch.searchsorted(numbered.expand(rows, -1).contiguous(), numbers.expand(rows, -1).contiguous())
 
-    limit = n_keys if sides.limit is None else _rows(sides.limit, places, {}, n_queries).clamp(0, n_keys)
-    ends = place(of_query, limit)
+    ends = place(of_query * stride + limit)
     query_order = ends.argsort(dim=1, stable=True)
-    begins = place(of_query, 0).gather(1, query_order)
-    found = (key_order, place(of_key.gather(1, key_order), 0), query_order, begins, ends.gather(1, query_order))
-    return Intervals(*(each.to(torch.int32) for each in found))
+    begins = place(of_query * stride).expand(len(ends), -1).gather(1, query_order)
+    found = (key_order, place(numbered // stride * stride), query_order, begins, ends.gather(1, query_order))
+    rows = max(map(len, found))
+    return Intervals(*(each.expand(rows, -1).to(torch.int32) for each in found))
 
 
 def _rows(side: sympy.Expr, places: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], length: int) -> torch.Tensor:

@@ -84,8 +84,8 @@ def without_recurrence(attend: Attend, one_query: bool, first: bool, device: str
     attends = _readable(attend, one_query, first)
     if not attends:
         return "its mask is not the order of the tokens and padding"
-    if first and device != "cpu" and (not isinstance(form := state_form(attends[0]), StateForm) or form.seen_keys != sympy.true):
-        return f"its mask is a tensor, which a call on {device} does not wait for to look at"
+    if first and device != "cpu" and attends[0] != _ordered(attend, one_query):
+        return f"its mask is a tensor of all pairs, which a call on {device} does not wait for to look at"
     return None
 
 
@@ -105,7 +105,7 @@ def _readable(attend: Attend, one_query: bool, first: bool) -> tuple[Attend, ...
 def _follows_order(attend: Attend, first: bool) -> bool:
     """Whether a query sees every key up to its own; in a `first` call that is every one up to its place among the queries."""
     form = state_form(attend)
-    if isinstance(form, str) or form.limit is None or form.segments or form.seen_queries != sympy.true:
+    if isinstance(form, str) or form.limit is None or form.sorts_keys or form.seen_queries != sympy.true:
         return False
     terms = form.limit.args if isinstance(form.limit, sympy.Min) else (form.limit,)
     past = NK - NQ

@@ -9,7 +9,7 @@ from codegen.contraction_order import Sizes, state_plan
 from codegen.given_kernel import summed
 from codegen.kernel import has_triton_form
 from codegen.received_kernel import exchanged
-from codegen.state_form import has_segments
+from codegen.state_form import has_sorted_keys
 from codegen.state_kernels import has_triton_state_backward
 from codegen.statistic_kernels import has_triton_statistic
 from rewrite.ir.operations import Attend, Operation
@@ -36,7 +36,7 @@ def reason_without_backward(attend: Attend, sizes: Mapping[str, int]) -> str | N
     """Why the gradients of an attention of these sizes (B, H, Hkv, Nq, Nk, D, Dv) are found in torch operators, in words, or None."""
     if state_plan(attend, Sizes.named(sizes)) is not None:
         reason = has_triton_state_backward(attend)
-        if reason is None or not has_segments(attend):
+        if reason is None or not has_sorted_keys(attend):
             return reason
     return has_triton_backward(attend)
 

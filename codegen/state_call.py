@@ -18,7 +18,7 @@ import torch
 from codegen.contraction_order import Sizes, StatePlan, state_plan
 from codegen.interval_plan import interval_plan
 from codegen.intervals import by_integers, intervals
-from codegen.state_form import StateForm, has_segments, split_by_side, state_form
+from codegen.state_form import StateForm, has_sorted_keys, split_by_side, state_form
 from codegen.torch_state import StateReads
 from rewrite.ir.expression import NK, NQ, I, J, conjuncts, letters, tensor
 from rewrite.ir.operations import Attend
@@ -101,7 +101,7 @@ def through_state(attend: Attend, operands: Operands, tensors: Mapping[str, torc
 
 def _runs(attend: Attend, operands: Operands, tensors: Mapping[str, torch.Tensor], plan: StatePlan) -> Runs | None:
     """Of an operation whose segments, if it has any, are known where the call runs: on the CPU. plan: as of one segment."""
-    if not has_segments(attend):
+    if not has_sorted_keys(attend):
         return [(StateReads(attend, operands, tensors), plan)]
     sides = split_by_side(attend.mask)
     if operands[0].device.type != "cpu" or not by_integers(sides, tensors):
@@ -123,4 +123,4 @@ def way_on_device(attend: Attend, operands: Operands, tensors: Mapping[str, torc
     """
     if state_plan(attend, Sizes.of(*operands)) is None or not by_integers(split_by_side(attend.mask), tensors):
         return "pairs"
-    return "kernels" if without_kernels is None else "pairs" if has_segments(attend) else "torch"
+    return "kernels" if without_kernels is None else "pairs" if has_sorted_keys(attend) else "torch"

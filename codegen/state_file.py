@@ -19,7 +19,7 @@ from rewrite.ir.operations import Attend
 def state_kernels(attend: Attend, name: str) -> StateKernels:
     """The kernels for an operation. Raises `RewriteError` where it has no state form."""
     form = StateFeatures(attend, name).form
-    is_interval = bool(form.segments) or (form.limit is not None and offset_of(form) is None)
+    is_interval = form.sorts_keys or (form.limit is not None and offset_of(form) is None)
     return (IntervalKernels if is_interval else StateKernels)(attend, name)
 
 

@@ -9,7 +9,8 @@ sum_j (features[i] . features[j]) value[j] is features[i] times the *state* sum_
 instead of Nq Nk of F + Dv (Katharopoulos et al. 2020). Where a query sees the first limit(i) keys the state grows from chunk to chunk of
 queries, and what is new within a chunk is multiplied pair by pair; an exponential in j - i carries over as a decay of the state (Sun et
 al. 2023, Qin et al. 2024), relative to the last key that it holds, so that no factor is larger than a weight. Where a query sees the keys
-of its own segment alone (packed sequences), each segment has a state of its own, which grows in the same way.
+of its own segment alone (packed sequences), each segment has a state of its own, which grows in the same way; so it does where a query sees
+the keys up to a number of its own (positions that are data), in the order of these.
 """
 
 from __future__ import annotations
@@ -32,6 +33,18 @@ from rewrite.ir.operations import Attend
 Segments = tuple[tuple[sympy.Expr, sympy.Expr], ...]
 
 
+class Order(NamedTuple):
+    """A query sees the keys whose number is not above its own, or below it where `strict`; where `descending`, not below, or above.
+
+    query, key: the numbers, expressions at b, i and at b, j.
+    """
+
+    query: sympy.Expr
+    key: sympy.Expr
+    strict: bool
+    descending: bool
+
+
 @dataclass(frozen=True)
 class Feature:
     """One term of a score: ``query * key * qk`` where `dot`, else ``query * key``; query is read at b, h, i and key at b, h, j."""
@@ -48,8 +61,9 @@ class StateForm:
     features: the score's terms. value: what a value is multiplied by, at b, h, j. result: what a result is multiplied by, at b, h, i.
     seen_keys, seen_queries: which keys (queries) take part at all, predicates at b, h, j (b, h, i). limit: how many of the first keys a
     query sees, an integer expression in i, Nq and Nk that may leave 0..Nk; None where it sees all. segments: pairs of an expression at b, i
-    and one at b, j, all of which agree where a query sees a key; none where there are no segments. rate, shift: of the decay
-    ``exp(rate (j - i - shift))``, rate at b, h and shift an integer expression in Nq and Nk; a rate of zero is no decay.
+    and one at b, j, all of which agree where a query sees a key; none where there are no segments. order: by which numbers a query sees
+    keys, instead of a limit. rate, shift: of the decay ``exp(rate (j - i - shift))``, rate at b, h and shift an integer expression in Nq
+    and Nk; a rate of zero is no decay.
     totals: whether the sum of the scores is needed too.
     """
 
@@ -60,6 +74,7 @@ class StateForm:
     seen_queries: Boolean
     limit: sympy.Expr | None
     segments: Segments
+    order: Order | None
     rate: sympy.Expr
     shift: sympy.Expr
     totals: bool
@@ -67,6 +82,11 @@ class StateForm:
     def width(self, head_dim: int) -> int:
         """Features of a query or a key of `head_dim`."""
         return sum(head_dim if feature.dot else 1 for feature in self.features)
+
+    @property
+    def sorts_keys(self) -> bool:
+        """Whether queries see intervals of keys that are sorted first."""
+        return bool(self.segments) or self.order is not None
 
     @property
     def shares_keys(self) -> bool:
@@ -84,10 +104,10 @@ def state_form(attend: Attend) -> StateForm | str:
         return str(reason)
 
 
-def has_segments(attend: Attend) -> bool:
-    """Whether its states are of segments, whose lengths are data or expressions in positions."""
+def has_sorted_keys(attend: Attend) -> bool:
+    """Whether its states are of keys that have to be sorted: by segment, or by numbers that are data."""
     form = state_form(attend)
-    return isinstance(form, StateForm) and bool(form.segments)
+    return isinstance(form, StateForm) and form.sorts_keys
 
 
 def _state_form(attend: Attend) -> StateForm:
@@ -161,6 +181,13 @@ class MaskSides(NamedTuple):
     seen_queries: Boolean
     limit: sympy.Expr | None
     segments: Segments
+    order: Order | None
+
+    @property
+    def compared(self) -> tuple[sympy.Expr, ...]:
+        """The numbers that decide which keys a query sees."""
+        pairs = [*self.segments, *([self.order[:2]] if self.order else [])]
+        return tuple(number for pair in pairs for number in pair)
 
 
 @lru_cache(maxsize=1024)
@@ -168,19 +195,39 @@ def split_by_side(mask: Boolean) -> MaskSides:
     """Raises `RewriteError` for a mask that is no conjunction of such parts."""
     keys, queries, limit = sympy.true, sympy.true, NK
     segments: list[tuple[sympy.Expr, sympy.Expr]] = []
+    orders: list[Order] = []
     for term in conjuncts(mask):
         if I not in term.free_symbols:
             keys = sympy.And(keys, term)
         elif J not in term.free_symbols:
             queries = sympy.And(queries, term)
+        elif isinstance(term, _COMPARED) and not depends_on_positions_only(term) and (sides := sides_of(term)) is not None:
+            _require_integers(term)
+            orders.append(_order(type(term), *sides))
         elif isinstance(term, sympy.Eq) and (sides := sides_of(term)) is not None:
-            whole = term.xreplace({read: sympy.Dummy(integer=True) for read in term.atoms(sympy.Indexed)})
-            if H in term.free_symbols or not all(side.is_integer for side in whole.args):
-                raise RewriteError(f"the mask {term} gives each head segments of its own, or none that integers tell apart")
+            _require_integers(term)
             segments.append(sides if I in sides[0].free_symbols else sides[::-1])
         else:
             limit = sympy.Min(limit, _limit(term))
-    return MaskSides(keys, queries, None if limit == NK else limit, tuple(segments))
+    if len(orders) > 1 or (orders and limit != NK):
+        raise RewriteError(f"the mask {mask} orders keys in several ways")
+    return MaskSides(keys, queries, None if limit == NK else limit, tuple(segments), orders[0] if orders else None)
+
+
+def _require_integers(term: sympy.Rel) -> None:
+    """Raise `RewriteError` for a comparison of others than integers at b, i and b, j, taking tensors for such."""
+    whole = term.xreplace({read: sympy.Dummy(integer=True) for read in term.atoms(sympy.Indexed)})
+    if H in term.free_symbols or not all(side.is_integer for side in whole.args):
+        raise RewriteError(f"the mask {term} gives each head segments of its own, or none that integers tell apart")
+
+
+_COMPARED = (sympy.Le, sympy.Lt, sympy.Ge, sympy.Gt)
+
+
+def _order(relation: type[sympy.Rel], left: sympy.Expr, right: sympy.Expr) -> Order:
+    key_first, upward = J in left.free_symbols, relation in (sympy.Le, sympy.Lt)
+    query, key = (right, left) if key_first else (left, right)
+    return Order(query, key, relation in (sympy.Lt, sympy.Gt), key_first != upward)
 
 
 def _limit(predicate: Boolean) -> sympy.Expr:

@@ -25,7 +25,7 @@ from rewrite.ir.expression import NK, NQ, QK, I
 
 def offset_of(form: StateForm) -> sympy.Expr | None:
     """n of a limit  j <= i + n, an expression in Nq and Nk; None without one, or for any other limit."""
-    if form.limit is None or form.segments:
+    if form.limit is None or form.sorts_keys:
         return None
     parts = [part for part in (form.limit.args if isinstance(form.limit, sympy.Min) else (form.limit,)) if part != NK]
     offset = sympy.expand(parts[0] - I - 1)

@@ -5,6 +5,7 @@ What is given beside: parameters that passes add, and what is known of KV cache 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,8 @@ from rewrite.ir.program import Program
 from rewrite.ir.selection import LOG_SIZE, Select, first_layer
 from rewrite.ir.site import Site
 from rewrite.lower import functions
-from rewrite.lower.lowering import lower_site
+from rewrite.lower.lowering import lower_site, traced
+from rewrite.lower.mask_reading import Given, read_masks
 from rewrite.lower.recurrence import StateCaches
 from rewrite.lower.selections import Selections
 from rewrite.notes import Note
@@ -96,6 +98,7 @@ class ProgramLowering:
         self.added_outputs: list[fx.Node | int] = []
         self._masks: dict[fx.Node, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
+        self._read_sites: dict[str, tuple[Site, Given]] = {}
         self.output = next(node for node in self.graph.nodes if node.op == "output")
 
     def run(self) -> bool:
@@ -125,7 +128,14 @@ class ProgramLowering:
 
     def _changed(self) -> list[tuple[Found, Site]]:
         found = ((self.recognition.by_name(site.name), site) for site in self.program.sites)
-        return [(entry, site) for entry, site in found if site.body != entry.site.body]
+        return [(entry, self._read(entry, site)[0]) for entry, site in found if site.body != entry.site.body]
+
+    def _read(self, entry: Found, site: Site) -> tuple[Site, Given]:
+        """The site, its masks read as far as that helps, and what they read then. Masks of tokens that leave stay as they are."""
+        if site.name not in self._read_sites:
+            leaving = self.program.token_operations() or any(note.positions is not None for note in self.notes.values())
+            self._read_sites[site.name] = (site, {}) if leaving else read_masks(site, entry.region)
+        return self._read_sites[site.name]
 
     def put(self, entry: Found, site: Site, given: dict[str, fx.Node]) -> dict[str, fx.Node]:
         """Put the site's body in the place of its region; the body's nodes by IR name."""
@@ -157,6 +167,10 @@ class ProgramLowering:
                 given[name] = node
         if LOG_SIZE in _reads(site.body):
             given[LOG_SIZE] = self.selections.sizes.stand_in(entry)
+        for name, (node, axes) in self._read_sites[site.name][1].items():
+            with self.graph.inserting_before(entry.region.output):
+                index = tuple(slice(None) if axis in axes else 0 for axis in "bhij")
+                given[name] = traced(self.graph.call_function(operator.getitem, (node, index)))
         self.lowered.add(site.name)
         lowered = self.put(entry, site, given)
         self.selections.results[site.name] = lowered[site.body.result]

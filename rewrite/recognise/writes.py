@@ -31,6 +31,8 @@ IN_PLACE_OPERATORS: Mapping[Callable[..., Any], Callable[..., Any]] = {
 _WRITING_OPERATORS = frozenset(
     {*IN_PLACE_OPERATORS, operator.setitem, operator.ifloordiv, operator.imod, operator.ipow, operator.ixor, operator.imatmul}
 )
+# Python's own operators whose names end in an underscore because they would be keywords.
+_KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
 
 Storage = int
 
@@ -44,7 +46,8 @@ def written_by(node: fx.Node) -> list[fx.Node]:
             targets.append(node.args[0])
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        if node.target in _WRITING_OPERATORS or (name.endswith("_") and not name.endswith("__")) or _asked_in_place(node):
+        is_named_so = name.endswith("_") and not name.endswith("__") and node.target not in _KEYWORDS
+        if node.target in _WRITING_OPERATORS or is_named_so or _asked_in_place(node):
             targets += node.args[:1] or list(node.kwargs.values())[:1]
         targets.append(node.kwargs.get("out"))
         targets += _written_by_schema(node)

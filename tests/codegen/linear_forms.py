@@ -55,6 +55,8 @@ FORMS: dict[str, tuple[Attend, bool]] = {
     "packed, gated, padded": (packed(gated()), False),
     "packed, padded and decaying": (packed(replace(lightning(), mask=sympy.And(CAUSAL, SEEN))), True),
     "packed, prefix": (packed(replace(UNNORMALISED, score=QK, mask=sympy.Or(J < 5, J <= I))), True),
+    "packed, positions": (packed(replace(NORMALISED, mask=tensor("key_places", "bj") <= tensor("query_places", "bi"))), False),
+    "positions": (replace(NORMALISED, mask=sympy.And(tensor("query_places", "bi") < tensor("key_places", "bj"), SEEN)), False),
     "windows, packed": (packed(replace(NORMALISED, mask=sympy.Eq(sympy.floor(I / 7), sympy.floor(J / 7)))), False),
 }
 
@@ -66,6 +68,8 @@ def linear_operands(
     values = operands(attend, shape, dtype, seed, broadcast)
     if attend.normaliser == "sum":
         values |= {name: value.abs() for name, value in values.items() if name in {"query", "key", "a", "c", "bias"}}
+    generator = torch.Generator().manual_seed(seed)
+    values |= {name: torch.randint(-9, 9, value.shape, generator=generator) for name, value in values.items() if name.endswith("places")}
     if "rate" in values:
         values["rate"] = rate * values["rate"].abs()
     if "seen" in values:

@@ -8,6 +8,7 @@ import pytest
 import sympy
 import torch
 
+from codegen import packed
 from codegen.recurrence import recurrent, without_recurrence
 from rewrite.ir import NK, NQ, QK, Attend, H, I, J, ModelCallError, tensor
 from rewrite.ir.expression import TOTAL
@@ -104,5 +105,8 @@ def test_what_has_no_recurrence() -> None:
     assert without_recurrence(early, one_query=False, first=True, device="cpu") is None
     assert "no" in str(without_recurrence(early, one_query=False, first=False, device="cpu"))
     assert "tensor" in str(without_recurrence(FORMS["decay"], one_query=False, first=True, device="cuda"))
+    # Padding that is no tensor of all pairs goes into the state unseen.
+    assert without_recurrence(replace(form, mask=sympy.And(J <= I, BJ)), one_query=False, first=True, device="cuda") is None
+    assert "mask" in str(without_recurrence(packed(form), one_query=False, first=True, device="cpu"))
     window = replace(form, mask=sympy.And(causal, J > I + (NK - NQ) - 4))
     assert "mask" in str(without_recurrence(window, one_query=False, first=True, device="cpu"))

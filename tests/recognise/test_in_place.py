@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ from rewrite.engine import copy_graph
 from rewrite.recognise.functional import forwarded_writes
 from rewrite.recognise.regions import find_regions
 from rewrite.recognise.verify import verify
-from rewrite.recognise.writes import overwritten, remaining_writes, writes
+from rewrite.recognise.writes import overwritten, remaining_writes, writes, written_by
 
 
 def captured(function: Callable[..., Any], *inputs: Tensor, dynamic: bool = False) -> fx.GraphModule:
@@ -208,3 +209,12 @@ def test_a_region_apart_from_writes_is_not() -> None:
     (region,), _ = find_regions(module.graph)
     assert remaining_writes(module.graph)
     assert overwritten(region, remaining_writes(module.graph)) is None
+
+
+def test_operators_named_for_keywords_write_nothing() -> None:
+    graph = fx.Graph()
+    left, right = (graph.placeholder(name) for name in ("left", "right"))
+    for node in (left, right):
+        node.meta["example_value"] = torch.ones(2, dtype=torch.bool)
+    assert written_by(graph.call_function(operator.and_, (left, right))) == []
+    assert written_by(graph.call_function(operator.iand, (left, right))) == [left]
