@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from codegen import emit
+from codegen import emit, emit_backward
 from codegen.tiles import tile_for
 from rewrite.ir import Attend, RewriteError
 
@@ -22,7 +22,16 @@ KERNELS: dict[str, Attend] = {
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 
 # Bytes per thread that Triton 3.6 spills at tiles where 3.7 spills none, as measured with 3.6.0.
-SPILLED_BY_3_6 = {("sm_80", 64, "grouped"): 8, ("sm_100", 128, "plain"): 24}
+SPILLED_BY_3_6 = {
+    ("sm_80", 64, "grouped"): 8,
+    ("sm_100", 64, "grouped"): 16,
+    ("sm_100", 128, "plain"): 24,
+    ("sm_100", 128, "gathered"): 24,
+}
+
+
+def spills_allowed(target: str, head_dim: int, form: str) -> int:
+    return SPILLED_BY_3_6.get((target, head_dim, form), 0) if triton.__version__.startswith("3.6.") else 0
 
 
 @pytest.mark.parametrize("form", KERNELS)
@@ -31,8 +40,7 @@ SPILLED_BY_3_6 = {("sm_80", 64, "grouped"): 8, ("sm_100", 128, "plain"): 24}
 def test_nothing_spills(form: str, head_dim: int, target: str) -> None:
     compiled = emit(KERNELS[form]).compile(target, torch.bfloat16, head_dim)
     assert 0 < compiled.registers <= 255
-    allowed = SPILLED_BY_3_6.get((target, head_dim, form), 0) if triton.__version__.startswith("3.6.") else 0
-    assert compiled.spills <= allowed
+    assert compiled.spills <= spills_allowed(target, head_dim, form)
     assert 0 < compiled.shared_memory <= SHARED_MEMORY[target]
     assert f".target {target}" in compiled.ptx
     assert compiled.cubin[:4] == b"\x7fELF"
@@ -43,10 +51,16 @@ def test_wide_heads_do_not_spill(target: str) -> None:
     assert emit(forms.plain()).compile(target, torch.bfloat16, 256).spills == 0
 
 
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-def test_gathering_takes_smaller_tiles(target: str) -> None:
+@pytest.mark.parametrize(("target", "head_dim"), [("sm_90", 64), ("sm_100", 64), ("sm_100", 128)])
+def test_gathering_takes_smaller_tiles(target: str, head_dim: int) -> None:
     """At those of plain attention it spills 856 and 952 bytes."""
-    assert emit(forms.decomposed_position()).compile(target, torch.bfloat16, 64).spills == 0
+    compiled = emit(forms.decomposed_position(32)).compile(target, torch.bfloat16, head_dim)
+    assert compiled.spills <= spills_allowed(target, head_dim, "gathered")
+
+
+@pytest.mark.parametrize("form", [forms.flash_sigmoid(), forms.plain()])
+def test_a_backward_of_the_newest_devices_does_not_spill(form: Attend) -> None:
+    assert all(compiled.spills == 0 for compiled in emit_backward(form).compile("sm_100", torch.bfloat16, 64).values())
 
 
 def test_the_newest_devices_have_rows_of_their_own() -> None:
