@@ -1,0 +1,139 @@
+"""Train the model that answers questions: the classifier's tower, a projector and a LLaMA of 8 layers, as a LLaVA.
+
+    python -m examples.zoo.train_llava
+
+The tower is the one that `train_classifier` trained, and is left as it is. Each step packs the questions of each scene into one sequence in
+which every question sees the picture and itself alone, at the positions that it has when it is asked alone: what is trained is one
+question in a prompt, at the cost of the picture once for all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ..torchvision_or_not import let_transformers_import
+from .dense import GRID
+from .pixels import pixel_values
+from .publish import WEIGHTS, publish
+from .questions import questions
+from .scenes import SIZE, render, scene
+from .score import figures
+from .tasks import answering, existence
+from .train_classifier import classifier
+from .training import RUNS, Recipe, train
+from .training_attention import use_map
+from .words import BEGIN, END, IMAGE, PAD, VOCABULARY, save_processor
+
+RECIPE = Recipe(steps=900, batch=32, rate=2e-3, decay=0.02, seed=1)
+QUESTIONS = 16
+# Scenes from this number on: the tower was trained on those before.
+FIRST = 10_000_000
+VISUAL = GRID**2
+PROMPT = 1 + VISUAL
+
+
+def llava() -> nn.Module:
+    """LlavaForConditionalGeneration: the classifier's ViT, and a LLaMA of 8 layers of width 128 over its patches."""
+    let_transformers_import()
+    from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = classifier().vit.config
+    special = {"bos_token_id": VOCABULARY[BEGIN], "eos_token_id": VOCABULARY[END], "pad_token_id": VOCABULARY[PAD]}
+    text = LlamaConfig(
+        vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=288, num_hidden_layers=8, num_attention_heads=4,
+        max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=False, **special,
+    )  # fmt: skip
+    config = LlavaConfig(
+        text_config=text, vision_config=vision, image_token_id=VOCABULARY[IMAGE], image_seq_length=VISUAL,
+        vision_feature_layer=-1, vision_feature_select_strategy="default", **special,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        # As large as projected patches are: what smaller words say is lost in the first layer's output.
+        model.get_input_embeddings().weight.normal_()
+    return model
+
+
+@dataclass(frozen=True)
+class Packed:
+    """pixels [B, 3, H, W]; ids, positions and targets [B, L], a target -100 where there is none; seen [B, 1, L, L], added to scores."""
+
+    pixels: torch.Tensor
+    ids: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    seen: torch.Tensor
+
+
+def packed(recipe: Recipe, step: int) -> Packed:
+    scenes = [scene("train", FIRST + step * recipe.batch + number) for number in range(recipe.batch)]
+    rows = []
+    for shown in scenes:
+        ids, positions, targets, block = (
+            [VOCABULARY[BEGIN]] + [VOCABULARY[IMAGE]] * VISUAL,
+            list(range(PROMPT)),
+            [-100] * PROMPT,
+            [0] * PROMPT,
+        )
+        for number, question in enumerate(questions(shown, QUESTIONS), 1):
+            words = [VOCABULARY[word] for word in (*question.text.split(), question.answer)]
+            ids += words
+            targets += [-100] * (len(words) - 2) + [words[-1], VOCABULARY[END]]
+            positions += range(PROMPT, PROMPT + len(words))
+            block += [number] * len(words)
+        rows.append((ids, positions, targets, block))
+    longest = max(len(row[0]) for row in rows)
+    fill = (VOCABULARY[PAD], 0, -100, -1)
+    ids, positions, targets, block = (
+        torch.tensor([row[which] + [fill[which]] * (longest - len(row[which])) for row in rows]) for which in range(4)
+    )
+    own = (block[:, :, None] == block[:, None]) | (block[:, None] == 0)
+    seen = torch.where(own & torch.ones(longest, longest, dtype=torch.bool).tril(), 0.0, torch.finfo(torch.bfloat16).min)
+    return Packed(pixel_values([render(one).image for one in scenes]), ids, positions, targets, seen[:, None].to(torch.bfloat16))
+
+
+def loss(model: nn.Module, given: Packed) -> tuple[torch.Tensor, dict[str, float]]:
+    with torch.no_grad():
+        tokens = model.model.vision_tower(given.pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    features = model.model.multi_modal_projector(tokens)
+    words = model.get_input_embeddings()(given.ids[:, PROMPT:])
+    begin = model.get_input_embeddings()(given.ids[:, :1])
+    stream = torch.cat([begin, features.to(words.dtype), words], 1)
+    hidden = model.model.language_model(
+        inputs_embeds=stream, attention_mask=given.seen, position_ids=given.positions, use_cache=False
+    ).last_hidden_state
+    wanted = given.targets != -100
+    logits, targets = model.lm_head(hidden[wanted]).float(), given.targets[wanted]
+    answers = targets != VOCABULARY[END]
+    right = (logits.argmax(-1) == targets)[answers].float().mean()
+    return functional.cross_entropy(logits, targets), {"accuracy": right.item()}
+
+
+def main() -> None:
+    torch.set_num_threads(1)  # the order of sums, and so every figure, depends on the number of threads
+    torch.manual_seed(RECIPE.seed)
+    model = llava()
+    trained = torch.load(RUNS / "classifier" / "checkpoint.pt", weights_only=True)["model"]
+    tower = {name.removeprefix("model.vit."): value for name, value in trained.items() if name.startswith("model.vit.")}
+    model.model.vision_tower.load_state_dict(tower, strict=False)
+    model.model.vision_tower.requires_grad_(False)
+    use_map(model)
+    train(model, RECIPE, lambda step: packed(RECIPE, step), loss, "llava")
+    told = {
+        "title": "Answers to questions about scenes",
+        "what": f"`LlavaForConditionalGeneration`: the classifier's ViT ({VISUAL} visual tokens) and a LLaMA of 8 layers. A prompt is one "
+        "question, `<image> is there a red circle?`, answered by one word.",
+        "command": "python -m examples.zoo.train_llava",
+    }
+    publish("llava", model, RECIPE, {**told, "figures": "to be measured"}, SIZE, "ViTImageProcessor")
+    save_processor(WEIGHTS / "llava")
+    measured = figures({"questions": answering, "existence": existence}, WEIGHTS / "llava", 2000)
+    publish("llava", model, RECIPE, {**told, "figures": measured}, SIZE, "ViTImageProcessor")
+
+
+if __name__ == "__main__":
+    main()
