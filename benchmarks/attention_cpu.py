@@ -1,6 +1,6 @@
 """One attention on the CPU, as each pass makes it, beside eager attention and PyTorch's own: time and peak memory.
 
-    python -m benchmarks.attention_cpu [--tokens 197 577 1024 4096] [--rounds 7]
+    python -m benchmarks.attention_cpu [--tokens 197 577 1024 4096] [--rounds 9]
 
 Batch 1, 12 heads of 64, float32, no gradients. A pass is applied to a site of the IR and its body run as the CPU lowering runs it. Every
 variant is run in turns, round by round, in one process; a ratio is the median over rounds of variant / SDPA within a round (above 1 is
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import platform
 import re
@@ -47,6 +48,9 @@ STATISTICS = {
     "row of the last query": {"rows": (-1, None)},
     "rows of a question of 32 tokens": {"rows": (-32, None)},
 }
+
+# A variant's turn in a round: calls of a millisecond are made as often as SDPA can be called in this time.
+SECONDS_OF_A_TIMING = 0.02
 
 Run = Callable[[], object]
 Values = dict[str, torch.Tensor]
@@ -171,6 +175,14 @@ def _status(field: str) -> int:
     return int(found[1])
 
 
+def seconds_of(run: Run, calls: int) -> float:
+    """Of one call, in the mean of some in a row."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
 def measure(tokens: int, text: bool, rounds: int) -> Iterator[str]:
     """Rows of a table."""
     entries = list(variants(tokens, text))
@@ -179,12 +191,11 @@ def measure(tokens: int, text: bool, rounds: int) -> Iterator[str]:
     for name, run in running:
         run()
         memory[name] = peak(run)
+    calls = max(1, math.ceil(SECONDS_OF_A_TIMING / seconds_of(running[0][1], 3)))
     times: dict[str, list[float]] = {name: [] for name, _ in running}
     for _ in range(rounds):
         for name, run in running:
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(run, calls))
     for name, told, run in entries:
         if run is None:
             yield f"| {name} | declined: {told} | | | |"
@@ -196,7 +207,7 @@ def measure(tokens: int, text: bool, rounds: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=list(GRIDS), choices=list(GRIDS))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     console = Console()
     load = os.getloadavg()[0]
