@@ -31,7 +31,13 @@ def rewrite_backend(
     if unknown or "passes" not in given:
         raise PassError(f"backend 'rewrite' takes options passes=[...] and backend=...; got {', '.join(map(repr, given)) or 'none'}")
     passes = as_passes(given["passes"])
-    compiled = CompiledGraph(graph_module, Rewriter(passes, allowed=Allowed(notes=False)), given.get("backend", "eager"), NoCall, _check)
+    compiled = CompiledGraph(
+        graph_module,
+        Rewriter(passes, allowed=Allowed(notes=False, data_sizes=given.get("backend", "eager") == "eager")),
+        given.get("backend", "eager"),
+        NoCall,
+        _check,
+    )
     compiled.prepare(inputs)
     return compiled
 

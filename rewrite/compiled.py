@@ -33,7 +33,8 @@ _NUMBERS = itertools.count()
 class KeptTokens:
     """The tokens that an attention site sees of a stream that some left.
 
-    positions: int64 [B, K], their places among all; one at `length` is a token that was made of several others. length: how many there
+    positions: int64 [B, K], their places among all; one at `length` is a token that was made of several others, or none:
+    padding of a row that keeps fewer than others. length: how many there
     were. holders: int64 [B, length], where tokens were merged: which of the K each one went into; None elsewhere.
     """
 

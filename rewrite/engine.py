@@ -113,7 +113,7 @@ class Rewriter:
         program = recognition.program
         for one in self.passes:
             program = one.apply(program)
-        return (program if self.gate is None else self.gate.through(program, recognition)).sized()
+        return (program if self.gate is None else self.gate.through(program, recognition)).sized().padded()
 
     def lowering(self, *arguments: Any) -> ProgramLowering:
         """What brings the program into the graph."""

@@ -15,6 +15,7 @@ from rewrite.breaks import Break
 from rewrite.cost import Cost, GraphCost, node_itemsize, original_cost, rewritten_cost
 from rewrite.engine import Record
 from rewrite.ir.operations import Attend
+from rewrite.ir.selection import Select
 from rewrite.ir.site import Site
 from rewrite.lower.recurrence import declined_words
 from rewrite.prediction import Prediction, around_sites, as_it_was, is_materialised, predicted
@@ -160,7 +161,9 @@ class Report:
         )
         open_ = dict.fromkeys(one.by for one in record.program.exits if one.when is not None)
         decided = (f"{by}: the data decide in each call whether tokens leave, and costs are told as if none did" for by in open_)
-        self.notes += [note for note in (*notes, *decided, *declined_words(record.keys_kept)) if note not in self.notes]
+        padded = dict.fromkeys(one.by for one in record.program.selections if isinstance(one, Select) and one.count.mass is not None)
+        fewer = (f"{by}: the data decide in each call how many tokens stay in each row, and costs are told for the most" for by in padded)
+        self.notes += [note for note in (*notes, *decided, *fewer, *declined_words(record.keys_kept)) if note not in self.notes]
 
     def _site(self, entry: Found, changed: Site, record: Record, before: Cost, after: Cost) -> SiteReport:
         site, cut = entry.site, record.cut.get(entry.site.name, "")

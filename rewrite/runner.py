@@ -142,7 +142,7 @@ class Runner:
             passes=session.passes,
             names=Names(session.root, prefix),
             proofs=session.proofs,
-            allowed=Allowed(parameters=session.may_add_parameters, added=session.added),
+            allowed=Allowed(parameters=session.may_add_parameters, added=session.added, data_sizes=inner == "eager"),
             depths=session.depths,
             gate=session.gate,
         )

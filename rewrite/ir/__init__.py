@@ -66,6 +66,7 @@ from rewrite.ir.program import Program
 from rewrite.ir.registry import as_passes, available_passes, parse_pass, pass_class, register_pass
 from rewrite.ir.selection import (
     LOG_SIZE,
+    PRESENT,
     Contextual,
     Count,
     Criteria,
@@ -127,6 +128,7 @@ __all__ = [
     "Indices",
     "J",
     "LOG_SIZE",
+    "PRESENT",
     "MeanProduct",
     "Merge",
     "MergeTokens",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+
+import sympy
 
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.expression import B, J, read
 from rewrite.ir.operations import Attend
-from rewrite.ir.selection import LOG_SIZE, Exit, Merge, Pooled, Select, TokenOperation, first_layer
+from rewrite.ir.selection import LOG_SIZE, PRESENT, Exit, Merge, Pooled, Select, TokenOperation, first_layer
 from rewrite.ir.site import Site
 
 
@@ -84,19 +87,41 @@ class Program:
         merges = [one for one in self.selections if isinstance(one, Merge) and one.proportional]
         return replace(self, sites=tuple(self._sized(site, merges) for site in self.sites))
 
+    def padded(self) -> Program:
+        """This program with every site behind a choice that keeps another number in each row hiding the keys that pad rows with fewer.
+
+        Done behind all passes, as `sized`, with the same refusal.
+        """
+        padding = [one for one in self.selections if isinstance(one, Select) and one.count.mass is not None]
+        return replace(self, sites=tuple(self._padded(site, padding) for site in self.sites))
+
     def _sized(self, site: Site, merges: list[Merge]) -> Site:
-        before = [one for one in merges if one.stack == site.stack and first_layer(one) <= site.layer]
-        if not before:
+        attend = self._one_attention(site, merges, "the sizes of merged tokens; use one of them, or proportional=False")
+        if attend is None:
             return site
+        sized = replace(site, operands=(*site.operands, LOG_SIZE))
+        return sized.with_operations(replace(attend, score=attend.score + read(LOG_SIZE, B, J)))
+
+    def _padded(self, site: Site, padding: list[Select]) -> Site:
+        attend = self._one_attention(site, padding, "rows that keep different numbers of tokens; use one of them, or no mass=")
+        if attend is None:
+            return site
+        padded = replace(site, operands=(*site.operands, PRESENT))
+        return padded.with_operations(replace(attend, mask=sympy.And(attend.mask, sympy.Ne(read(PRESENT, B, J), 0))))
+
+    def _one_attention(self, site: Site, operations: Sequence[Select | Merge], wanted: str) -> Attend | None:
+        """The attention of a site behind some of the operations, None where it is in front; it must be one softmax attention."""
+        before = [one for one in operations if one.stack == site.stack and first_layer(one) <= site.layer]
+        if not before:
+            return None
         attend = site.body.operations[0]
         if len(site.body.operations) != 1 or not isinstance(attend, Attend) or attend.normaliser != "softmax" or attend.score_mix:
             others = ", ".join(by for by in self.passes_of(site) if by != before[0].by)
             raise NotApplicableError(
                 f"{site.name}: {others} makes something else of it than one softmax attention, in which {before[0].by} has no place for "
-                "the sizes of merged tokens; use one of them, or proportional=False"
+                f"{wanted}"
             )
-        sized = replace(site, operands=(*site.operands, LOG_SIZE))
-        return sized.with_operations(replace(attend, score=attend.score + read(LOG_SIZE, B, J)))
+        return attend
 
     def with_declined(self, site: Site, by: str, reason: str) -> Program:
         """This program, noting why a pass left a site alone."""

@@ -96,12 +96,14 @@ class Pooled:
 class Count:
     """How many candidates are kept of those there are, one at least: a share (a float) of them, rounded, or a number (an int).
 
-    of: what a share is a share of, the candidates that are "present" at this place or "all" that the stack began with.
+    of: what a share is a share of, the candidates that are "present" at this place or "all" that the stack began with. mass: each row keeps
+    of these the fewest whose scores, the greatest first, sum up to this share of the sum of all, so that rows keep different numbers.
     """
 
     keep: float | int
     rounding: Rounding = "round"
     of: Literal["present", "all"] = "present"
+    mass: float | None = None
 
     def number(self, present: int, every: int) -> int:
         """The candidates that are kept, of `present` now and `every` at the start."""
@@ -236,6 +238,9 @@ class Merge:
 
 
 TokenOperation = Exit | Select | Merge
+
+# The operand of a site behind a choice that keeps another number in each row: bool [B, Nk], which keys are no padding of that.
+PRESENT = "present"
 
 # The operand of a site behind a merge: log of the number of patches that each key stands for, [B, Nk].
 LOG_SIZE = "log_size"

@@ -18,7 +18,8 @@ from rewrite.ir.selection import LOG_SIZE, Merge
 from rewrite.ir.site import Site
 from rewrite.lower.cursor import Cursor
 from rewrite.lower.lowering import lower_statistic
-from rewrite.lower.merging import Merged, Sizes, sizes_behind
+from rewrite.lower.merging import Merged, sizes_behind
+from rewrite.lower.stand_ins import StandIns
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.sites import Found
 from rewrite.tokens import choose, fusing, merging
@@ -34,7 +35,7 @@ def fuse_tokens(
     copies: Mapping[fx.Node, fx.Node],
     left: Merged,
     later: list[Found],
-    sizes: Sizes,
+    sizes: StandIns,
 ) -> tuple[fx.Node, Merged, Mapping[fx.Node, Mapping[int, Selection]]]:
     """The stream in front of `entry` fused: it, what is left then, and what has fewer tokens now, by axis.
 
@@ -45,12 +46,12 @@ def fuse_tokens(
     counted = left.sizes or at.call(merging.ones_each, (stream,))
     short: dict[fx.Node, Mapping[int, Selection]] = {}
     if left.sizes is None:
-        sizes.logs[site.name] = at.call(merging.log_size, (counted,))
-        sizes.logs[site.name].meta["example_value"] = value_of(sizes.stand_ins[site.name])
+        sizes.values[site.name] = at.call(merging.log_size, (counted,))
+        sizes.values[site.name].meta["example_value"] = value_of(sizes.nodes[site.name])
     statistic = Statistic("received", attend, "queries")
     call = attention_of(result, one.by)
     query, key, value = (node for node in call.args[:3] if isinstance(node, fx.Node))
-    given = {attend.query: copies[query], attend.key: copies[key], LOG_SIZE: sizes.logs[site.name]}
+    given = {attend.query: copies[query], attend.key: copies[key], LOG_SIZE: sizes.values[site.name]}
     received = lower_statistic(graph, statistic, entry.region, {**copies, at.last: at.last}, given)
     at = Cursor(graph, received)
     both = at.call(fusing.attended, (received, counted))

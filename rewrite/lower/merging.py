@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import fx
 
 from rewrite.ir.selection import Merge
 from rewrite.lower.cursor import Cursor
-from rewrite.lower.lowering import lower_operand, traced
+from rewrite.lower.lowering import lower_operand
+from rewrite.lower.stand_ins import StandIns
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.sites import Found
 from rewrite.tokens import choose, merging
@@ -27,31 +28,8 @@ class Merged:
     hint: int
 
 
-@dataclass
-class Sizes:
-    """The operand `log_size` of the sites behind merges. Sites are lowered with a stand-in, before streams are cut."""
-
-    graph: fx.Graph
-    stand_ins: dict[str, fx.Node] = field(default_factory=dict)
-    logs: dict[str, fx.Node] = field(default_factory=dict)
-
-    def stand_in(self, entry: Found) -> fx.Node:
-        """[B, N] of zeros right behind the stream that enters the site's layer."""
-        assert entry.stream is not None
-        with self.graph.inserting_after(entry.stream):
-            node = traced(self.graph.call_function(merging.no_log_size, (entry.stream,)))
-        self.stand_ins[entry.site.name] = node
-        return node
-
-    def put(self) -> None:
-        """The sizes in the place of what stood in for them."""
-        for name, node in self.stand_ins.items():
-            node.replace_all_uses_with(self.logs[name])
-            self.graph.erase_node(node)
-
-
 def merge_tokens(
-    one: Merge, entry: Found, current: fx.Node, left: Merged, later: list[Found], sizes: Sizes, at: Cursor
+    one: Merge, entry: Found, current: fx.Node, left: Merged, later: list[Found], sizes: StandIns, at: Cursor
 ) -> tuple[fx.Node, Merged, Mapping[fx.Node, Mapping[int, Selection]]]:
     """The stream `current` behind the attention of `entry` merged: it, what is left then, and what has fewer tokens now, by axis."""
     key = lower_operand(at, entry.region, "key")
@@ -71,13 +49,13 @@ def merge_tokens(
 
 
 def sizes_behind(
-    one: Merge, after: fx.Node, selection: Selection, later: list[Found], sizes: Sizes, at: Cursor
+    one: Merge, after: fx.Node, selection: Selection, later: list[Found], sizes: StandIns, at: Cursor
 ) -> Mapping[fx.Node, Selection]:
     """Tell the sites of later layers the sizes `after` a merge; what that put into the graph that has fewer tokens."""
-    readers = [other.site.name for other in later if other.site.layer > one.layer and other.site.name in sizes.stand_ins]
+    readers = [other.site.name for other in later if other.site.layer > one.layer and other.site.name in sizes.nodes]
     if not readers:
         return {}
     log = at.call(merging.log_size, (after,))
-    log.meta["example_value"] = value_of(sizes.stand_ins[readers[0]])
-    sizes.logs.update(dict.fromkeys(readers, log))
+    log.meta["example_value"] = value_of(sizes.nodes[readers[0]])
+    sizes.values.update(dict.fromkeys(readers, log))
     return {log: selection}

@@ -16,7 +16,7 @@ import codegen
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Program
-from rewrite.ir.selection import LOG_SIZE, Select, first_layer
+from rewrite.ir.selection import LOG_SIZE, PRESENT, Select, first_layer
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.lowering import lower_site, traced
@@ -63,10 +63,14 @@ class Produced:
 
 @dataclass
 class Allowed:
-    """What a graph may ask of whoever runs it, and the parameters it asked for so far, by full name."""
+    """What a graph may ask of whoever runs it, and the parameters it asked for so far, by full name.
+
+    data_sizes: it may read a number of tokens off the data; else it takes the most that there can be, and padding.
+    """
 
     parameters: bool = False
     notes: bool = True
+    data_sizes: bool = True
     added: dict[str, Parameter] = field(default_factory=dict)
 
 
@@ -93,7 +97,7 @@ class ProgramLowering:
         self.lowered: set[str] = set()
         self.bodies: set[fx.Node] = set()
         self.states = StateCaches(self)
-        self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter)
+        self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter, allowed.data_sizes)
         self.chosen: dict[int, tuple[Choice, int | None]] = {}
         self.added_outputs: list[fx.Node | int] = []
         self._masks: dict[fx.Node, fx.Node] = {}
@@ -167,6 +171,8 @@ class ProgramLowering:
                 given[name] = node
         if LOG_SIZE in _reads(site.body):
             given[LOG_SIZE] = self.selections.sizes.stand_in(entry)
+        if PRESENT in _reads(site.body):
+            given[PRESENT] = self.selections.present.stand_in(entry)
         for name, (node, axes) in self._read_sites[site.name][1].items():
             with self.graph.inserting_before(entry.region.output):
                 index = tuple(slice(None) if axis in axes else 0 for axis in "bhij")
@@ -310,7 +316,7 @@ class ProgramLowering:
         """Return which tokens each site sees, for whoever asks."""
         sites: dict[tuple[Any, Any, Any], tuple[str, ...]] = {}
         for name, seen in self.selections.seen.items():
-            key = (seen.positions, seen.length, seen.holders)
+            key = (seen.places or seen.positions, seen.length, seen.holders)
             sites[key] = (*sites.get(key, ()), name)
         for values, names in sites.items():
             for kind, value in zip(("kept", "length", "holders"), values, strict=True):

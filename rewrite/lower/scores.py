@@ -9,9 +9,10 @@ from torch import fx
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Statistic
 from rewrite.ir.program import Program
-from rewrite.ir.selection import Drawn, Exit, Handed, Irrelevant, Pooled, Received, Select, Spread, TokenOperation
+from rewrite.ir.selection import PRESENT, Drawn, Exit, Handed, Irrelevant, Pooled, Received, Select, Spread, TokenOperation
 from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.lowering import lower_operand, lower_statistic
+from rewrite.lower.stand_ins import StandIns
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.tokens import choose, rules
 
@@ -19,8 +20,8 @@ from rewrite.tokens import choose, rules
 class Scores:
     """The scores of one program's choices, put into one graph."""
 
-    def __init__(self, graph: fx.Graph, recognition: Recognition, program: Program) -> None:
-        self.graph, self.recognition, self.program = graph, recognition, program
+    def __init__(self, graph: fx.Graph, recognition: Recognition, program: Program, present: StandIns) -> None:
+        self.graph, self.recognition, self.program, self.present = graph, recognition, program, present
 
     def tower(self, one: Exit | Select) -> Found | None:
         """The site of a vision tower that scores visual tokens as the patches they were; None where the language model's own do."""
@@ -53,7 +54,7 @@ class Scores:
         entry = self.recognition.by_name(name)
         site = next(site for site in self.program.sites if site.name == name)
         attends = site.body.attends()
-        foreign = {*(attends[0].tensors() if attends else ())} - entry.region.operands().keys()
+        foreign = {*(attends[0].tensors() if attends else ())} - entry.region.operands().keys() - {PRESENT}
         if len(site.body.operations) != 1 or not attends or foreign:
             by = ", ".join(by for by in self.program.passes_of(site) if by != one.by)
             raise NotApplicableError(f"{one.by} reads the attention of {name}, which {by or 'its model'} makes more than one attention of")
@@ -65,7 +66,8 @@ class Scores:
         statistic = Statistic("received", attends[0], "queries", rows=rule.rows)
         ahead = isinstance(one, Select) and one.place == "before" and site.stack == one.stack and site.layer == one.layer
         copied = self._ahead(entry, stream, current, one) if ahead and stream is not None and current is not None else {}
-        return lower_statistic(self.graph, statistic, entry.region, copied)
+        given = {PRESENT: self.present.values[name]} if PRESENT in statistic.tensors() else {}
+        return lower_statistic(self.graph, statistic, entry.region, copied, given)
 
     def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Exit | Select) -> dict[fx.Node, fx.Node]:
         """Copies, right behind the stream, of what makes a layer's queries and keys: they see the tokens that leave in front of it."""

@@ -18,15 +18,16 @@ from rewrite.ir.program import Program
 from rewrite.ir.selection import ROUTER, Drawn, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.fusing import attention_of, fuse_tokens
-from rewrite.lower.merging import Merged, Sizes, merge_tokens
+from rewrite.lower.merging import Merged, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
 from rewrite.lower.residual import behind_attention, behind_layer
 from rewrite.lower.scores import Scores, rule_of
+from rewrite.lower.stand_ins import StandIns
 from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.tokens import choose
+from rewrite.tokens import choose, merging
 from rewrite.tokens.chosen import GIVEN
-from rewrite.tokens.gather import gather_tokens, kept_positions
+from rewrite.tokens.gather import gather_tokens, kept_positions, places_of_present
 from rewrite.tokens.placement import Selection
 
 
@@ -35,7 +36,8 @@ class Left:
     """What is left of the tokens of a stack at one place of it.
 
     positions: of the tokens that are left, None where all are. length: how many there were; kept, visual: how many tokens, visual ones
-    among them, are left; every: how many visual ones there were. hints: kept, visual and every at the traced shapes.
+    among them, are left; every: how many visual ones there were. hints: kept, visual and every at the traced shapes. present: which of
+    them are no padding, where rows keep different numbers.
     """
 
     positions: fx.Node | None
@@ -45,6 +47,7 @@ class Left:
     every: Number
     hints: tuple[int, int, int]
     fused: bool = False
+    present: fx.Node | None = None
 
 
 class Selections:
@@ -62,16 +65,19 @@ class Selections:
         program: Program,
         visual: Callable[[Found], fx.Node],
         parameter: Callable[[str, Parameter], fx.Node],
+        data_sizes: bool,
     ) -> None:
         self.graph, self.recognition, self.program = graph, recognition, program
-        self.visual, self.parameter = visual, parameter
+        self.visual, self.parameter, self.data_sizes = visual, parameter, data_sizes
         self.seeds: dict[fx.Node, dict[int, Selection]] = {}
         self.kept: dict[fx.Node, int] = {}
         self.gone: dict[str, int] = {}
         self.seen: dict[str, Selection] = {}
         self.routed: dict[str, fx.Node] = {}
         self.results: dict[str, fx.Node] = {}
-        self.sizes, self.scores = Sizes(graph), Scores(graph, recognition, program)
+        self.sizes = StandIns(graph, merging.no_log_size)
+        self.present = StandIns(graph, choose.every_token_present)
+        self.scores = Scores(graph, recognition, program, self.present)
         self._cut: dict[fx.Node, fx.Node] = {}
         asked = [one for stack in self._stacks() for one in self._operations(stack)]
         self._places = {one: self._place(one) for one in asked}
@@ -94,6 +100,7 @@ class Selections:
                 whole = hinted_shape(stream)[1]
                 self._note(one, whole - left.hints[0], self.seeds[self._cut[stream]][1])
         self.sizes.put()
+        self.present.put()
 
     def _note(self, one: TokenOperation, gone: int, left: Selection) -> None:
         """What the sites behind an operation see."""
@@ -185,7 +192,7 @@ class Selections:
             entry, stream = self._places[one]
             if not isinstance(one, Merge):
                 raise NotApplicableError(f"{entry.site.name}: tokens are merged in its stack, of which {one.by} would have to choose some")
-            users = [user for user in stream.users if user.op != "output" and user not in self.sizes.stand_ins.values()]
+            users = [user for user in stream.users if user.op != "output" and user not in self.sizes.nodes.values()]
             at = Cursor(self.graph, behind_inputs(self.graph, stream if one.criteria else max(stream, entry.region.key.node)))
             if left is None:
                 left = Merged(None, at.call_method("size", (stream, 1)), None, hinted_shape(stream)[1])
@@ -212,7 +219,9 @@ class Selections:
 
     def _leave(self, one: Exit | Select, entry: Found, stream: fx.Node, left: Left) -> Left:
         """Cut the residual stream to the tokens that stay."""
-        users = [user for user in stream.users if user.op != "output" and user not in _numbers(left)]
+        users = [
+            user for user in stream.users if user.op != "output" and user not in _numbers(left) and user not in self.present.nodes.values()
+        ]
         current = self._cut.get(stream, stream)
         if current is not stream:
             users = list(current.users)
@@ -225,12 +234,14 @@ class Selections:
         if isinstance(one, Exit) or one.candidates == "visual":
             needed.append(self.visual(entry))
         at = Cursor(self.graph, behind_inputs(self.graph, max(needed)))
+        stays: fx.Node | None = None
         if isinstance(one, Select) and one.candidates == "patches":
-            after = self._patches(one, entry, left, current, score, at)
+            chosen, stays, left = self._patches(one, entry, left, current, score, at)
         else:
-            after = self._visual(one, entry, left, current, score, at)
-        chosen, left = after
-        if isinstance(one, Select) and one.fuse:
+            chosen, left = self._visual(one, entry, left, current, score, at)
+        if isinstance(one, Select) and one.fuse and stays is not None:
+            cut = at.call(choose.fused_of_mass, (current, chosen, stays, score, entry.site.layout.suffix))
+        elif isinstance(one, Select) and one.fuse:
             cut = at.call(choose.fused_tokens, (current, chosen, score, entry.site.layout.suffix))
         else:
             cut = at.call(gather_tokens, (current, chosen, 1))
@@ -245,24 +256,55 @@ class Selections:
         if _of_patches(one):
             source = current if stream in self.streams else None
             selection = replace(selection, prefix=entry.site.layout.prefix, suffix=entry.site.layout.suffix, source=source)
+        if left.present is not None:
+            places = at.call(places_of_present, (left.positions, left.present, left.length))
+            selection = replace(selection, present=left.present, places=places)
+            self._tell_present(one, at.call_method("clone", (left.present,)), selection)
         self.seeds[cut] = {1: selection}
         self.kept[left.positions] = left.hints[0]
         return left
 
-    def _patches(self, one: Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor) -> tuple[fx.Node, Left]:
-        """Places of the patches that stay among the tokens of `current`, and what is left then."""
+    def _tell_present(self, one: TokenOperation, present: fx.Node, selection: Selection) -> None:
+        """Tell the sites behind a choice which of their keys are no padding."""
+        stand_ins = self.present.nodes
+        readers = [found.site.name for found in self._entries(one.stack) if found.site.layer >= first_layer(one)]
+        readers = [name for name in readers if name in stand_ins]
+        if readers:
+            present.meta["example_value"] = value_of(stand_ins[readers[0]])
+            self.present.values.update(dict.fromkeys(readers, present))
+            self.seeds[present] = {1: selection}
+
+    def _patches(
+        self, one: Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor
+    ) -> tuple[fx.Node, fx.Node | None, Left]:
+        """Places of what stays among the tokens of `current`, which of them are no padding (None: all), and what is left then."""
         layout, tokens = entry.site.layout, left.hints[0]
         around = layout.prefix + layout.suffix
-        present = at.combine(operator.sub, left.kept, around)
+        there = at.combine(operator.sub, left.kept, around)
         every = at.combine(operator.sub, left.length, around)
         hint = one.count.number(tokens - around, hinted_shape(current)[1] - around)
-        number = at.call(choose.number_kept, (present, every, one.count.keep, one.count.rounding, one.count.of == "all"))
-        chosen = at.call(choose.chosen_patches, (score, layout.prefix, number, layout.suffix))
-        positions = at.call(choose.composed_positions, (left.positions, chosen))
+        number = at.call(choose.number_kept, (there, every, one.count.keep, one.count.rounding, one.count.of == "all"))
+        stays: fx.Node | None = None
+        if one.count.mass is not None:
+            share = (one.count.keep, one.count.rounding) if isinstance(one.count.keep, float) and one.count.of == "present" else None
+            ends = (layout.prefix, layout.suffix)
+            facts = (number, share, one.count.mass, not self.data_sizes)
+            both = at.call(choose.patches_of_mass, (score, left.present, ends, *facts))
+            chosen, stays = (at.call(operator.getitem, (both, part)) for part in range(2))
+        elif left.present is not None:
+            raise NotApplicableError(
+                f"{entry.site.name}: rows keep different numbers of patches, of which {one.by} would have to choose some"
+            )
+        else:
+            chosen = at.call(choose.chosen_patches, (score, layout.prefix, number, layout.suffix))
+        positions, present = at.call(choose.composed_positions, (left.positions, chosen)), stays
         if one.fuse:
             positions = at.call(choose.positions_with_fused, (positions, left.length, layout.suffix))
+        if one.fuse and stays is not None:
+            present = at.call(choose.present_with_fused, (stays, left.present, left.kept, layout.suffix))
         kept = at.call_method("size", (positions, 1))
-        return chosen, Left(positions, left.length, kept, 0, 0, (around + hint + one.fuse, 0, 0), left.fused or one.fuse)
+        hints = (around + hint + one.fuse, 0, 0)
+        return chosen, stays, Left(positions, left.length, kept, 0, 0, hints, left.fused or one.fuse, present)
 
     def _visual(
         self, one: Exit | Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor

@@ -63,6 +63,56 @@ def chosen_patches(score: Tensor, prefix: int, kept: int, suffix: int) -> Tensor
     return torch.cat([first, best, last], 1)
 
 
+def patches_of_mass(
+    score: Tensor, present: Tensor | None, ends: tuple[int, int], most: int, share: tuple[float, Rounding] | None, mass: float, padded: bool
+) -> tuple[Tensor, Tensor]:
+    """Places [B, prefix + K + suffix] (int64, ascending) as of `chosen_patches`, and which of these are no padding, bool.
+
+    Each row keeps the fewest patches whose `score` [B, N], the greatest first, sum up to `mass` of the sum; one at least, and at most
+    `most`, or the `share` of its own. present: bool [B, N], which tokens are no padding already. ends: prefix, suffix. K is what the row
+    that keeps most keeps, or `most`, `padded`.
+    """
+    tokens, (prefix, suffix) = score.shape[1], ends
+    patches = score.detach()[:, prefix : tokens - suffix]
+    patches = patches.to(torch.promote_types(patches.dtype, torch.float32))
+    if present is not None:
+        patches = patches.masked_fill(~present[:, prefix : tokens - suffix], -1.0)
+    ranked = patches.sort(dim=1, descending=True, stable=True)
+    there = ranked.values >= 0
+    reached = ranked.values.clamp(min=0).cumsum(1)
+    stays = there & (functional.pad(reached, (1, 0))[:, :-1] < mass * reached[:, -1:])
+    if share is not None:
+        part = share[0] * there.sum(1, keepdim=True).double()
+        part = {"ceil": part.ceil, "floor": part.floor, "round": (part + 0.5).floor}[share[1]]()
+        stays &= torch.arange(there.shape[1], device=part.device) < part
+    stays[:, 0] = True
+    number = most if padded else min(most, int(stays.sum(1).max()))
+    best, order = (ranked.indices[:, :number] + prefix).sort(dim=1)
+    chosen = stays[:, :number].gather(1, order)
+    around = [torch.arange(*span, device=score.device).expand(len(score), -1) for span in ((0, prefix), (tokens - suffix, tokens))]
+    first, last = (torch.ones_like(places, dtype=torch.bool) for places in around)
+    return torch.cat([around[0], best, around[1]], 1), torch.cat([first, chosen, last], 1)
+
+
+def every_token_present(stream: Tensor) -> Tensor:
+    """bool [B, N] of the tokens of `stream` [B, N, C] where none is padding."""
+    return torch.ones(stream.shape[:2], dtype=torch.bool, device=stream.device)
+
+
+def fused_of_mass(stream: Tensor, positions: Tensor, present: Tensor, score: Tensor, suffix: int) -> Tensor:
+    """As `fused_tokens`, where only those of `positions` [B, K] stay that are `present` [B, K]; the score of padding in `stream` is 0."""
+    kept = gather_tokens(stream, positions, 1)
+    stays = torch.zeros_like(score, dtype=torch.bool).scatter(1, positions, present)
+    weights = score.masked_fill(stays, 0.0)
+    return _in_front_of_last(kept, weights[:, None, :].to(stream.dtype) @ stream, suffix)
+
+
+def present_with_fused(present: Tensor, before: Tensor | None, tokens: int, suffix: int) -> Tensor:
+    """`present` [B, K] with the fused token of each row, which is padding where nothing left; before: [B, N], which of `tokens` were."""
+    were = tokens if before is None else before.sum(1, keepdim=True)
+    return _in_front_of_last(present, present.sum(1, keepdim=True) < were, suffix)
+
+
 def fused_tokens(stream: Tensor, positions: Tensor, score: Tensor, suffix: int) -> Tensor:
     """The tokens of `stream` [B, N, C] at `positions` [B, K], and in front of the last `suffix` the sum of all others, each times its score
     [B, N]."""

@@ -46,11 +46,11 @@ def insert_restore_call(
     """
     if selection.holders is not None:
         return insert_gather_call(like, value, axis, selection.holders, place)
-    layout = {"batch_axis": place.batch, "rows": place.rows, **({"fused": True} if selection.fused else {})}
+    beyond = selection.fused or selection.places is not None
+    layout = {"batch_axis": place.batch, "rows": place.rows, **({"fused": True} if beyond else {})}
     given = {} if into is None else {"into": into}
-    return insert_call(
-        like, scatter_tokens, (value, selection.positions, axis, selection.length), {**layout, **given}, traced=example(value)
-    )
+    places = selection.places or selection.positions
+    return insert_call(like, scatter_tokens, (value, places, axis, selection.length), {**layout, **given}, traced=example(value))
 
 
 def set_argument(node: fx.Node, path: tuple[int | str, ...], value: Any) -> None:

@@ -58,7 +58,8 @@ def scatter_tokens(
 ) -> Tensor:
     """Zeros of length `length` along `axis`, with the K tokens of `tensor` at `positions` [B, K]; the inverse of `gather_tokens`.
 
-    fused: tokens at position `length` are none of the axis, and are left out. into: what stands at all other places, instead of zeros.
+    fused: tokens at position `length` are none of the axis, or padding, and are left out. into: what stands at all other places, instead of
+    zeros.
     """
     axis = axis % tensor.dim()
     shape = list(tensor.shape)
@@ -96,6 +97,16 @@ def positions_between(positions: Tensor, first: int, last: int) -> Tensor:
     """Positions [B, K - first - last] in the axis without its `first` first and `last` last tokens, which all are at the first and the last
     places of `positions` [B, K]."""
     return positions[:, first : positions.shape[1] - last] - first
+
+
+def present_between(present: Tensor, first: int, last: int) -> Tensor:
+    """bool [B, K - first - last], likewise, of `present` [B, K]."""
+    return present[:, first : present.shape[1] - last]
+
+
+def places_of_present(positions: Tensor, present: Tensor, length: int) -> Tensor:
+    """`positions` [B, K] of the tokens that are `present` [B, K], and `length` for padding."""
+    return torch.where(present, positions, length)
 
 
 def flatten_positions(positions: Tensor, length: int) -> Tensor:

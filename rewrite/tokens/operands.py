@@ -15,7 +15,7 @@ from rewrite.tokens import rules
 from rewrite.tokens.edits import combine, full_size, insert_call, insert_gather_call, insert_lift, insert_restore_call, set_argument
 from rewrite.tokens.flow import Flow, Group, Label, Operand
 from rewrite.tokens.frozen import Frozen
-from rewrite.tokens.gather import flatten_positions, join_positions, positions_between
+from rewrite.tokens.gather import flatten_positions, join_positions, places_of_present, positions_between, present_between
 from rewrite.tokens.placement import Placement, Selection, is_tensor, module_path, shape_of
 
 
@@ -117,6 +117,8 @@ class Operands:
         if whole is not None:
             return whole
         made = next((selection.made for selection in selected.values() if selection.made), None)
+        if any(selection.present is not None for selection in selected.values()):
+            refuse(flow.operands[0].node, "other tokens are joined with ones of which rows kept different numbers", "select without mass=")
         if made:
             refuse(flow.operands[0].node, f"other tokens are joined with ones of which some were {made}", _WITHOUT[made])
         if tuple(key) not in self.joined:
@@ -154,10 +156,19 @@ class Operands:
             positions = insert_call(operand.node, positions_between, (selection.positions, start, behind))
             length, kept = (combine(positions, operator.add, [size, -start - behind]) for size in (selection.length, selection.kept))
             prefix, suffix = selection.prefix - start, selection.suffix - behind
-            self.inner[key] = Selection(positions, length, kept, selection.fused, prefix=prefix, suffix=suffix)
+            inner = Selection(positions, length, kept, selection.fused, prefix=prefix, suffix=suffix)
+            self.inner[key] = self._padded(operand.node, inner, selection, start, behind)
             if not behind:
                 self.ahead[positions] = selection, start
         return True, self.inner[key]
+
+    def _padded(self, like: fx.Node, inner: Selection, whole: Selection, start: int, behind: int) -> Selection:
+        """The `inner` tokens of a selection, knowing which are padding."""
+        if whole.present is None:
+            return inner
+        present = insert_call(like, present_between, (whole.present, start, behind))
+        places = insert_call(like, places_of_present, (inner.positions, present, inner.length))
+        return replace(inner, present=present, places=places)
 
     def split_off(self, node: fx.Node) -> bool:
         """Make slices of a split that takes the first tokens of a selected axis, all left, from those behind them; whether it is one."""
@@ -183,7 +194,8 @@ class Operands:
             return None
         shape = shape_of(operand.node)
         (axis, selection), *_ = place.axes.items()
-        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1 and not selection.made:
+        apart = not selection.made and selection.present is None
+        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1 and apart:
             assert place.batch is not None
             if selection.positions not in self.flat:
                 rows = full_size(operand.node, operand.node, place.batch, self.placements)

@@ -21,7 +21,9 @@ class Selection:
 
     holders: where tokens were merged, int64 [B, length]: which of the tokens that are left each one of the axis went into. sized: attention
     counts a merged token as often as the tokens that it stands for. prefix, suffix: so many first and last tokens of the axis are all left,
-    in front of the others and behind them. source: the stream that was cut, in which dropped tokens have the value that they keep.
+    in front of the others and behind them. present: bool [B, K], where rows keep different numbers, which tokens are no padding of that:
+    padding are tokens of the axis that are dropped and still there, hidden from attention. places: `positions`, of padding `length`, where
+    tokens are put back. source: the stream that was cut, in which dropped tokens have the value that they keep.
 
     Two selections are the same where their `positions` are the same node.
     """
@@ -35,6 +37,8 @@ class Selection:
     prefix: int = 0
     suffix: int = 0
     source: fx.Node | None = None
+    present: fx.Node | None = None
+    places: fx.Node | None = None
 
     @property
     def made(self) -> str | None:

@@ -89,6 +89,8 @@ CHOICES = frozenset(
         "chosen_patches",
         "fused_match",
         "matched",
+        "patches_of_mass",
+        "present_with_fused",
         "received_as_one_head",
         "routed_features",
         "visual_leaving",
@@ -100,7 +102,7 @@ CHOICES = frozenset(
     }
 )
 # what it cuts a stream with: the result has the tokens that were chosen
-CUTS = frozenset({"gather_tokens", "fused_tokens", "merged_tokens", "fused_rows"})
+CUTS = frozenset({"gather_tokens", "fused_of_mass", "fused_tokens", "merged_tokens", "fused_rows"})
 # what gives each token what it went into: as many as there were before
 SPREADS = frozenset({"spread_values"})
 

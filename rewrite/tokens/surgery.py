@@ -12,13 +12,13 @@ are restored as copies of what they went into, and what computes over these coun
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import fx
 
-from rewrite.ir.operations import Attend
-from rewrite.ir.selection import LOG_SIZE
+from rewrite.ir.operations import Attend, Statistic
+from rewrite.ir.selection import LOG_SIZE, PRESENT
 from rewrite.tokens import rules
 from rewrite.tokens.edits import (
     answer_size_query,
@@ -99,6 +99,7 @@ class _Surgery:
         self.seeds = seeds
         self.short_outputs = short_outputs
         self.streams = streams
+        self.live = _read(graph)
         self.operands = Operands(streams)
         self.placements = self.operands.placements
 
@@ -182,7 +183,7 @@ class _Surgery:
         """
         weighed = flow.normalised | flow.contracted
         counted = any(label in flow.reduced or (sized and label in weighed) for label, sized in self.merged(flow))
-        return counted and not _reads_sizes(node)
+        return counted and LOG_SIZE not in _reads(node)
 
     def merged(self, flow: Flow) -> list[tuple[Label, bool]]:
         """The axes of the operands on which tokens were merged, and whether these count by their size."""
@@ -247,6 +248,9 @@ class _Surgery:
             refuse(node, "it computes over the tokens, of which some were dropped", "select after it, or in a model that does not pool")
         if computed & restored:
             refuse(node, "it computes over tokens, of which the dropped ones were put back as zeros", "select after it")
+        padded = any(selected[label].present is not None for label in computed & selected.keys())
+        if padded and node in self.live and PRESENT not in _reads(node):
+            refuse(node, "it computes over the tokens, of which rows kept different numbers", "select without mass=")
         if batch in computed:
             refuse(node, "it computes over the batch, whose rows kept different tokens", "select after it")
         if restored & selected.keys():
@@ -284,8 +288,20 @@ class _Surgery:
                     )
 
 
-def _reads_sizes(node: fx.Node) -> bool:
-    return rules.name_of(node) == "attend" and LOG_SIZE in Attend.from_json(str(node.args[-1])).tensors()
+def _read(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that an output is made of; what was replaced before is still in the graph."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or node in found:
+            found.update(node.all_input_nodes)
+    return found
+
+
+def _reads(node: fx.Node) -> Collection[str]:
+    """The tensors that an attention of the IR, or a statistic of one, reads."""
+    kinds: dict[str, type[Attend] | type[Statistic]] = {"attend": Attend, "attention_statistic": Statistic}
+    kind = kinds.get(rules.name_of(node))
+    return () if kind is None else kind.from_json(str(node.args[-1])).tensors()
 
 
 def _regrouped(node: fx.Node, flow: Flow, operand: Operand, place: Placement, group: Group) -> tuple[Label, int] | None:
