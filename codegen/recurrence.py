@@ -149,7 +149,7 @@ def state_shape(attend: Attend, query: Sequence[int], key: Sequence[int], value:
     local = recurrent(attend)
     form = local if isinstance(local, str) else state_form(local)
     assert isinstance(form, StateForm), form
-    return query[0], key[1] if form.shares_keys else query[1], form.width(key[3]), value[3] + form.totals
+    return query[0], key[1] if form.shares_keys else query[1], form.width(key[3]), value[3] + int(form.totals)
 
 
 def attend_recurrently(

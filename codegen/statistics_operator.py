@@ -93,24 +93,27 @@ statistic_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 @lru_cache(maxsize=1024)
-def _described(operation: Statistic) -> tuple[str, tuple[str, ...]]:
-    return operation.to_json(), tuple(operation.tensors())
+def _described(operation: Statistic | str) -> tuple[str, tuple[str, ...]]:
+    """(JSON of the statistic, the names of its tensors in order)."""
+    text = operation if isinstance(operation, str) else operation.to_json()
+    return text, tuple(Statistic.from_json(text).tensors())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant(operation: Statistic) -> tuple[str, tuple[str, ...]]:
+def _constant(operation: Statistic | str) -> tuple[str, tuple[str, ...]]:
     """A statistic is a constant of the program that reads it: its text is worked out outside the trace."""
     return _described(operation)
 
 
 def statistic(
-    operation: Statistic, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor], lse: torch.Tensor | None = None
+    operation: Statistic | str, query: torch.Tensor, key: torch.Tensor, tensors: Mapping[str, torch.Tensor], lse: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The statistic's result, [B, H, Nk] over queries, [B, H, rows] over keys; float32, or float64 for float64 operands.
 
-    query [B, H, Nq, D], key [B, Hkv, Nk, D]. tensors: the operands of attention and term by name, as in `codegen.attend`. lse: what the
-    attention saved, if at hand. Differentiable in query, key and the floating tensors. Raises `RewriteError` where operands are missing
-    or do not fit.
+    operation: a `Statistic` or its JSON, which is what Dynamo of torch 2.11 takes from outside a function that it compiles. query
+    [B, H, Nq, D], key [B, Hkv, Nk, D]. tensors: the operands of attention and term by name, as in `codegen.attend`. lse: what the attention
+    saved, if at hand. Differentiable in query, key and the floating tensors. Raises `RewriteError` where operands are missing or do not
+    fit.
     """
     text, names = _constant(operation)
     missing = [name for name in names if name not in tensors]

@@ -63,7 +63,7 @@ def scatter_tokens(
     """
     axis = axis % tensor.dim()
     shape = list(tensor.shape)
-    shape[axis] = length + fused
+    shape[axis] = length + int(fused)
     if into is None:
         full = tensor.new_zeros(shape)
     else:

@@ -253,10 +253,11 @@ def test_some_of_the_scores_at_a_time(form: str, term: str, monkeypatch: pytest.
 
 def test_compiles_whole_and_exports() -> None:
     made, values = example("causal", "received", torch.float32, Shape())
+    text = made.to_json()
 
     class Reads(torch.nn.Module):
         def forward(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return statistic(made, query, key, {}) * 2
+            return statistic(text, query, key, {}) * 2
 
     query, key = values["query"], values["key"]
     wanted = Reads()(query, key)
