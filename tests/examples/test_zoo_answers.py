@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from examples.zoo import tasks
+from examples.zoo.write_fidelity import PAGE, page
 from rewrite import SlowerWarning, rewrite
 from rewrite.evaluating import Task
 
@@ -47,6 +48,10 @@ def test_answers_are_as_right_as_they_were(of: tuple[str, str]) -> None:
 @torch.no_grad()
 def right(task: Task, model: nn.Module) -> int:
     return sum(int((task.logits(model(**batch.inputs)).argmax(-1) == batch.labels).sum()) for batch in task.batches)
+
+
+def test_the_page_is_that_of_the_results() -> None:
+    assert PAGE.read_text() == page()
 
 
 def test_what_ships_is_small() -> None:
