@@ -68,6 +68,8 @@ def query_order(static: str, n_queries: int, n_keys: int) -> torch.Tensor | None
 
     static: a static mask as JSON text, see `codegen.masks.static_key`.
     """
+    if n_queries < 2:
+        return None
     apart: list[sympy.Basic] = []
     along: list[sympy.Basic] = []
     for relation in sorted(from_json(json.loads(static)).atoms(sympy.Rel), key=sympy.default_sort_key):
