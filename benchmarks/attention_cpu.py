@@ -3,8 +3,9 @@
     python -m benchmarks.attention_cpu [--tokens 197 577 1024 4096] [--rounds 9]
 
 Batch 1, 12 heads of 64, float32, no gradients. A pass is applied to a site of the IR and its body run as the CPU lowering runs it. Every
-variant is run in turns, round by round, in one process; a ratio is the median over rounds of variant / SDPA within a round (above 1 is
-slower). Memory is what a call adds to the process at its peak (VmHWM). Statistics are measured with the attention that they are read off.
+variant is run in turns, round by round, in one process, calls of a millisecond several times in a turn; a ratio is the median over rounds
+of variant / SDPA within a round (above 1 is slower). Memory is what a call adds to the process at its peak (VmHWM). Statistics are
+measured with the attention that they are read off.
 Results go to benchmarks/results/attention_cpu.md as found.
 """
 
