@@ -59,6 +59,15 @@ def classifier() -> nn.Module:
     return model
 
 
+def trained_tower() -> dict[str, torch.Tensor]:
+    """The weights of the ViT of the classifier that ships, by their names in a ViTModel."""
+    let_transformers_import()
+    from transformers import ViTForImageClassification
+
+    trained = ViTForImageClassification.from_pretrained(WEIGHTS / "classifier", dtype=torch.float32)
+    return trained.vit.state_dict()
+
+
 def batch(recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pictures [B, 3, SIZE, SIZE], the kind of the largest thing [B], and the labels of patches [B, 3, patches]."""
     scenes = [scene("train", step * recipe.batch + number) for number in range(recipe.batch)]

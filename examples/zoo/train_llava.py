@@ -2,36 +2,43 @@
 
     python -m examples.zoo.train_llava
 
-The tower is the one that `train_classifier` trained, and is left as it is. Each step packs the questions of each scene into one sequence in
-which every question sees the picture and itself alone, at the positions that it has when it is asked alone: what is trained is one
-question in a prompt, at the cost of the picture once for all of them.
+The tower is the classifier that ships, and is left as it is. First the projector learns to say the words of what each patch shows, as
+LLaVA's first stage aligns it with captions; then projector and language model learn to answer. Each step packs the questions of each scene
+into one sequence in which every question sees the picture and itself alone, at the positions that it has when it is asked alone: what is
+trained is one question in a prompt, at the cost of the picture once for all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from ..torchvision_or_not import let_transformers_import
-from .dense import GRID
+from .alike_start import start_alike
+from .dense import GRID, patch_owners
+from .names import COLOURS, KINDS, PLACES, TEXTURES
 from .pixels import pixel_values
 from .publish import WEIGHTS, publish
 from .questions import questions
-from .scenes import SIZE, render, scene
+from .scenes import SIZE, Rendered, Scene, render, scene
 from .score import figures
 from .tasks import answering, existence
-from .train_classifier import classifier
-from .training import RUNS, Recipe, train
+from .train_classifier import BACKGROUND_WEIGHT, classifier, trained_tower
+from .training import Recipe, train
 from .training_attention import use_map
 from .words import BEGIN, END, IMAGE, PAD, VOCABULARY, save_processor
 
-RECIPE = Recipe(steps=900, batch=32, rate=2e-3, decay=0.02, seed=1)
+ALIGNMENT = Recipe(steps=200, batch=32, rate=3e-3, decay=0.02, seed=4)
+RECIPE = Recipe(steps=1500, batch=32, rate=2e-3, decay=0.02, seed=1)
 QUESTIONS = 16
-# Scenes from this number on: the tower was trained on those before.
-FIRST = 10_000_000
+# Scenes from these numbers on: the tower was trained on those before.
+FIRST, FIRST_ALIGNED = 10_000_000, 15_000_000
+# What the patches of a thing say: in each group one word, or none where they show the background.
+SAID = {"kind": KINDS, "colour": tuple(COLOURS), "texture": TEXTURES, "place": tuple(place for row in PLACES for place in row)}
 VISUAL = GRID**2
 PROMPT = 1 + VISUAL
 
@@ -45,7 +52,9 @@ def llava() -> nn.Module:
     special = {"bos_token_id": VOCABULARY[BEGIN], "eos_token_id": VOCABULARY[END], "pad_token_id": VOCABULARY[PAD]}
     text = LlamaConfig(
         vocab_size=len(VOCABULARY), hidden_size=128, intermediate_size=288, num_hidden_layers=8, num_attention_heads=4,
-        max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=False, **special,
+        max_position_embeddings=512, initializer_range=0.06, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},  # most dimensions turn little over 200 tokens
+        **special,
     )  # fmt: skip
     config = LlavaConfig(
         text_config=text, vision_config=vision, image_token_id=VOCABULARY[IMAGE], image_seq_length=VISUAL,
@@ -55,7 +64,48 @@ def llava() -> nn.Module:
     with torch.no_grad():
         # As large as projected patches are: what smaller words say is lost in the first layer's output.
         model.get_input_embeddings().weight.normal_()
+        # What is copied to the end is what is said.
+        model.lm_head.weight.copy_(0.1 * model.get_input_embeddings().weight)
+    start_alike([layer.self_attn for layer in model.model.language_model.layers])
     return model
+
+
+def aligned(recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures [B, 3, H, W], and the word that each patch says in each group [B, groups, patches], 0 for none."""
+    scenes = [scene("train", FIRST_ALIGNED + step * recipe.batch + number) for number in range(recipe.batch)]
+    rendered = [render(one) for one in scenes]
+    words = np.stack([words_of_patches(*pair) for pair in zip(scenes, rendered, strict=True)])
+    return pixel_values([one.image for one in rendered]), torch.from_numpy(words)
+
+
+def words_of_patches(shown: Scene, rendered: Rendered) -> np.ndarray:
+    """[groups, patches] int64: 0 for the background, and 1 more than the word's number in SAID."""
+    table = [[words.index(getattr(thing, group)) + 1 for thing in shown.things] + [0] for group, words in SAID.items()]
+    return np.array(table)[:, patch_owners(rendered, len(shown.things)).flatten()]
+
+
+def alignment_loss(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    """Of a patch's projection, compared with the embeddings of each group's words and, for none, with nothing."""
+    pixels, patches = given
+    features = projected(model, pixels).float()
+    embeddings = model.get_input_embeddings().weight
+    something = patches[:, 0] > 0
+    weight = torch.where(something, 1.0, BACKGROUND_WEIGHT)
+    total, shown = features.new_zeros(()), {}
+    for (group, words), labels in zip(SAID.items(), patches.unbind(1), strict=True):
+        rows = embeddings[[VOCABULARY[word] for word in words]]
+        logits = functional.pad(features @ rows.T * embeddings.shape[-1] ** -0.5, (1, 0))
+        each = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+        total = total + (each * weight).sum() / weight.sum()
+        shown[f"patch {group}"] = ((logits.argmax(-1) == labels) & something).sum().item() / something.sum().item()
+    return total, shown
+
+
+def projected(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """The visual tokens [B, patches, C] of pictures."""
+    with torch.no_grad():
+        tokens = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    return model.model.multi_modal_projector(tokens)
 
 
 @dataclass(frozen=True)
@@ -97,9 +147,7 @@ def packed(recipe: Recipe, step: int) -> Packed:
 
 
 def loss(model: nn.Module, given: Packed) -> tuple[torch.Tensor, dict[str, float]]:
-    with torch.no_grad():
-        tokens = model.model.vision_tower(given.pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
-    features = model.model.multi_modal_projector(tokens)
+    features = projected(model, given.pixels)
     words = model.get_input_embeddings()(given.ids[:, PROMPT:])
     begin = model.get_input_embeddings()(given.ids[:, :1])
     stream = torch.cat([begin, features.to(words.dtype), words], 1)
@@ -117,11 +165,13 @@ def main() -> None:
     torch.set_num_threads(1)  # the order of sums, and so every figure, depends on the number of threads
     torch.manual_seed(RECIPE.seed)
     model = llava()
-    trained = torch.load(RUNS / "classifier" / "checkpoint.pt", weights_only=True)["model"]
-    tower = {name.removeprefix("model.vit."): value for name, value in trained.items() if name.startswith("model.vit.")}
-    model.model.vision_tower.load_state_dict(tower, strict=False)
+    loaded = model.model.vision_tower.load_state_dict(trained_tower(), strict=False)
+    assert all(name.startswith("pooler.") for name in loaded.missing_keys), loaded
     model.model.vision_tower.requires_grad_(False)
     use_map(model)
+    model.get_input_embeddings().requires_grad_(False)
+    train(model, ALIGNMENT, lambda step: aligned(ALIGNMENT, step), alignment_loss, "llava_alignment")
+    model.get_input_embeddings().requires_grad_(True)
     train(model, RECIPE, lambda step: packed(RECIPE, step), loss, "llava")
     told = {
         "title": "Answers to questions about scenes",

@@ -2,7 +2,7 @@
 
     python -m examples.zoo.train_segmentation
 
-The tower is the one that `train_classifier` trained, and is left as it is; neck and head are trained.
+The tower is the classifier that ships, and is left as it is; neck and head are trained.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .publish import WEIGHTS, publish
 from .scenes import SIZE, render, scene
 from .score import figures
 from .tasks import at_pixels, segmentation
-from .train_classifier import BACKGROUND_WEIGHT, classifier
-from .training import RUNS, Recipe, train
+from .train_classifier import BACKGROUND_WEIGHT, classifier, trained_tower
+from .training import Recipe, train
 from .training_attention import use_map
 
 RECIPE = Recipe(steps=300, batch=32, rate=3e-3, seed=3)
@@ -90,8 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the order of sums, and so every figure, depends on the number of threads
     torch.manual_seed(RECIPE.seed)
     model = segmenter()
-    trained = torch.load(RUNS / "classifier" / "checkpoint.pt", weights_only=True)["model"]
-    tower = {renamed(name.removeprefix("model.")): value for name, value in trained.items() if name.startswith("model.vit.")}
+    tower = {renamed(f"vit.{name}"): value for name, value in trained_tower().items()}
     missing = [name for name in model.dpt.state_dict() if f"dpt.{name}" not in tower]
     assert not missing, missing
     model.load_state_dict(tower, strict=False)
