@@ -152,7 +152,8 @@ def _sum_of_few(few: FewRows, query: torch.Tensor, key: torch.Tensor) -> torch.T
     scores = scores.view(batch, heads, -1, keys.shape[1])
     if few.hidden is not None:
         scores[..., few.partial].masked_fill_(few.hidden, -torch.inf)
-    received = scores.softmax(-1).sum(2)
+    weights = scores.softmax(-1)
+    received = weights[:, :, 0] if weights.shape[2] == 1 else weights.sum(2)
     behind = n_keys - few.columns.stop
     return functional.pad(received, (few.columns.start, behind)) if few.columns.start or behind else received
 

@@ -41,14 +41,14 @@ def _is_fine(*things: Thing) -> bool:
     return min(thing.size for thing in things) <= SMALL_DIGIT[1]
 
 
-def _unique(shown: Scene, **shared: str) -> bool:
+def unique(shown: Scene, **shared: str) -> bool:
     """Whether one thing alone has these properties."""
     return sum(all(getattr(thing, key) == value for key, value in shared.items()) for thing in shown.things) == 1
 
 
 def _of_one_kind(shown: Scene) -> list[Thing]:
     """The things that their kind says which they are."""
-    return [thing for thing in shown.things if _unique(shown, kind=thing.kind)]
+    return [thing for thing in shown.things if unique(shown, kind=thing.kind)]
 
 
 def _exists(random: np.random.Generator, shown: Scene, negative: str) -> Question | None:
@@ -88,9 +88,9 @@ def _what(random: np.random.Generator, shown: Scene) -> Question | None:
     if random.random() < 0.2:
         return Question("what is the largest thing ?", shown.main.kind, "what", False)
     if random.random() < 0.5:
-        thing = _pick(random, [one for one in shown.things if _unique(shown, colour=one.colour)])
+        thing = _pick(random, [one for one in shown.things if unique(shown, colour=one.colour)])
         return None if thing is None else Question(f"what is {thing.colour} ?", thing.kind, "what", _is_fine(thing))
-    thing = _pick(random, [one for one in shown.things if _unique(shown, place=one.place)])
+    thing = _pick(random, [one for one in shown.things if unique(shown, place=one.place)])
     return None if thing is None else Question(f"what is at the {thing.place} ?", thing.kind, "what", _is_fine(thing))
 
 

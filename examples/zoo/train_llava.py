@@ -26,17 +26,19 @@ from .publish import WEIGHTS, publish
 from .questions import questions
 from .scenes import SIZE, Rendered, Scene, render, scene
 from .score import figures
+from .statements import statements
 from .tasks import answering, existence
 from .train_classifier import BACKGROUND_WEIGHT, classifier, trained_tower
 from .training import Recipe, train
 from .training_attention import use_map
 from .words import BEGIN, END, IMAGE, PAD, VOCABULARY, save_processor
 
-ALIGNMENT = Recipe(steps=200, batch=32, rate=3e-3, decay=0.02, seed=4)
-RECIPE = Recipe(steps=1500, batch=32, rate=2e-3, decay=0.02, seed=1)
+ALIGNMENT = Recipe(steps=300, batch=16, rate=4e-3, decay=0.02, seed=4)
+ANSWERS = Recipe(steps=1900, batch=16, rate=3e-3, decay=0.02, seed=1)
+TOGETHER = Recipe(steps=900, batch=16, rate=1e-3, decay=0.02, seed=5)
 QUESTIONS = 16
-# Scenes from these numbers on: the tower was trained on those before.
-FIRST, FIRST_ALIGNED = 10_000_000, 15_000_000
+# Scenes of a stage are those from its seed times this number on; the tower was trained on those before.
+SCENES_OF_A_STAGE = 10_000_000
 # What the patches of a thing say: in each group one word, or none where they show the background.
 SAID = {"kind": KINDS, "colour": tuple(COLOURS), "texture": TEXTURES, "place": tuple(place for row in PLACES for place in row)}
 VISUAL = GRID**2
@@ -72,7 +74,7 @@ def llava() -> nn.Module:
 
 def aligned(recipe: Recipe, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures [B, 3, H, W], and the word that each patch says in each group [B, groups, patches], 0 for none."""
-    scenes = [scene("train", FIRST_ALIGNED + step * recipe.batch + number) for number in range(recipe.batch)]
+    scenes = [scene("train", recipe.seed * SCENES_OF_A_STAGE + step * recipe.batch + number) for number in range(recipe.batch)]
     rendered = [render(one) for one in scenes]
     words = np.stack([words_of_patches(*pair) for pair in zip(scenes, rendered, strict=True)])
     return pixel_values([one.image for one in rendered]), torch.from_numpy(words)
@@ -85,16 +87,17 @@ def words_of_patches(shown: Scene, rendered: Rendered) -> np.ndarray:
 
 
 def alignment_loss(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-    """Of a patch's projection, compared with the embeddings of each group's words and, for none, with nothing."""
+    """Of a patch's projection, compared with the embeddings of each group's words and, for none, of padding."""
     pixels, patches = given
     features = projected(model, pixels).float()
     embeddings = model.get_input_embeddings().weight
     something = patches[:, 0] > 0
     weight = torch.where(something, 1.0, BACKGROUND_WEIGHT)
-    total, shown = features.new_zeros(()), {}
+    # As long as words, or what patches say would drown what words do.
+    total, shown = 0.01 * (features.norm(dim=-1) - embeddings.norm(dim=-1).mean()).square().mean(), {}
     for (group, words), labels in zip(SAID.items(), patches.unbind(1), strict=True):
-        rows = embeddings[[VOCABULARY[word] for word in words]]
-        logits = functional.pad(features @ rows.T * embeddings.shape[-1] ** -0.5, (1, 0))
+        rows = embeddings[[VOCABULARY[word] for word in (PAD, *words)]]
+        logits = features @ rows.T * embeddings.shape[-1] ** -0.5
         each = functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
         total = total + (each * weight).sum() / weight.sum()
         shown[f"patch {group}"] = ((logits.argmax(-1) == labels) & something).sum().item() / something.sum().item()
@@ -103,8 +106,7 @@ def alignment_loss(model: nn.Module, given: tuple[torch.Tensor, torch.Tensor]) -
 
 def projected(model: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """The visual tokens [B, patches, C] of pictures."""
-    with torch.no_grad():
-        tokens = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    tokens = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
     return model.model.multi_modal_projector(tokens)
 
 
@@ -120,7 +122,7 @@ class Packed:
 
 
 def packed(recipe: Recipe, step: int) -> Packed:
-    scenes = [scene("train", FIRST + step * recipe.batch + number) for number in range(recipe.batch)]
+    scenes = [scene("train", recipe.seed * SCENES_OF_A_STAGE + step * recipe.batch + number) for number in range(recipe.batch)]
     rows = []
     for shown in scenes:
         ids, positions, targets, block = (
@@ -129,12 +131,15 @@ def packed(recipe: Recipe, step: int) -> Packed:
             [-100] * PROMPT,
             [0] * PROMPT,
         )
-        for number, question in enumerate(questions(shown, QUESTIONS), 1):
-            words = [VOCABULARY[word] for word in (*question.text.split(), question.answer)]
-            ids += words
-            targets += [-100] * (len(words) - 2) + [words[-1], VOCABULARY[END]]
-            positions += range(PROMPT, PROMPT + len(words))
-            block += [number] * len(words)
+        asked = questions(shown, QUESTIONS)
+        said = [(statement.words, statement.told) for statement in statements(shown, asked)]
+        said += [((*question.text.split(), question.answer, END), len(question.text.split())) for question in asked]
+        for number, (text, told) in enumerate(said, 1):
+            words = [VOCABULARY[word] for word in text]
+            ids += words[:-1]
+            targets += [-100] * (told - 1) + words[told:]
+            positions += range(PROMPT, PROMPT + len(words) - 1)
+            block += [number] * (len(words) - 1)
         rows.append((ids, positions, targets, block))
     longest = max(len(row[0]) for row in rows)
     fill = (VOCABULARY[PAD], 0, -100, -1)
@@ -156,33 +161,39 @@ def loss(model: nn.Module, given: Packed) -> tuple[torch.Tensor, dict[str, float
     ).last_hidden_state
     wanted = given.targets != -100
     logits, targets = model.lm_head(hidden[wanted]).float(), given.targets[wanted]
-    answers = targets != VOCABULARY[END]
-    right = (logits.argmax(-1) == targets)[answers].float().mean()
-    return functional.cross_entropy(logits, targets), {"accuracy": right.item()}
+    right = logits.argmax(-1) == targets
+    ends = targets == VOCABULARY[END]
+    answers = ends.roll(-1)
+    shown = {"answers": right[answers].float().mean().item(), "statements": right[~answers & ~ends].float().mean().item()}
+    return functional.cross_entropy(logits, targets), shown
 
 
 def main() -> None:
     torch.set_num_threads(1)  # the order of sums, and so every figure, depends on the number of threads
-    torch.manual_seed(RECIPE.seed)
+    torch.manual_seed(ANSWERS.seed)
     model = llava()
-    loaded = model.model.vision_tower.load_state_dict(trained_tower(), strict=False)
+    tower, words = model.model.vision_tower, model.get_input_embeddings()
+    loaded = tower.load_state_dict(trained_tower(), strict=False)
     assert all(name.startswith("pooler.") for name in loaded.missing_keys), loaded
-    model.model.vision_tower.requires_grad_(False)
     use_map(model)
-    model.get_input_embeddings().requires_grad_(False)
+    tower.requires_grad_(False)
+    words.requires_grad_(False)
     train(model, ALIGNMENT, lambda step: aligned(ALIGNMENT, step), alignment_loss, "llava_alignment")
-    model.get_input_embeddings().requires_grad_(True)
-    train(model, RECIPE, lambda step: packed(RECIPE, step), loss, "llava")
+    words.requires_grad_(True)
+    train(model, ANSWERS, lambda step: packed(ANSWERS, step), loss, "llava_answers")
+    tower.requires_grad_(True)
+    tower.pooler.requires_grad_(False)
+    train(model, TOGETHER, lambda step: packed(TOGETHER, step), loss, "llava")
     told = {
         "title": "Answers to questions about scenes",
         "what": f"`LlavaForConditionalGeneration`: the classifier's ViT ({VISUAL} visual tokens) and a LLaMA of 8 layers. A prompt is one "
         "question, `<image> is there a red circle?`, answered by one word.",
         "command": "python -m examples.zoo.train_llava",
     }
-    publish("llava", model, RECIPE, {**told, "figures": "to be measured"}, SIZE, "ViTImageProcessor")
+    publish("llava", model, TOGETHER, {**told, "figures": "to be measured"}, SIZE, "ViTImageProcessor")
     save_processor(WEIGHTS / "llava")
     measured = figures({"questions": answering, "existence": existence}, WEIGHTS / "llava", 2000)
-    publish("llava", model, RECIPE, {**told, "figures": measured}, SIZE, "ViTImageProcessor")
+    publish("llava", model, TOGETHER, {**told, "figures": measured}, SIZE, "ViTImageProcessor")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from .train_classifier import BACKGROUND_WEIGHT, classifier, trained_tower
 from .training import Recipe, train
 from .training_attention import use_map
 
-RECIPE = Recipe(steps=300, batch=32, rate=3e-3, seed=3)
+RECIPE = Recipe(steps=500, batch=32, rate=3e-3, seed=3)
 # Scenes from this number on: the tower was trained on those before.
 FIRST = 20_000_000
 # Where the tower's names are other ones in a DPT.
@@ -53,6 +53,7 @@ def segmenter() -> nn.Module:
     config = DPTConfig(
         **{name: getattr(tower, name) for name in shared}, backbone_out_indices=[2, 3, 4, 5], reassemble_factors=[2, 1, 1, 0.5],
         neck_hidden_sizes=[16, 24, 32, 48], fusion_hidden_size=24, use_auxiliary_head=False, semantic_classifier_dropout=0.0,
+        initializer_range=0.1,  # near sqrt(2 / (9 * fusion_hidden_size)), for convolutions without norms
         id2label=dict(enumerate(labels)), label2id={label: number for number, label in enumerate(labels)},
     )  # fmt: skip
     return DPTForSemanticSegmentation(config)

@@ -20,7 +20,7 @@ from .training import Recipe, train
 from .training_attention import use_map
 from .videos import EVENTS, FRAMES, SIDE, clip, render_clip
 
-RECIPE = Recipe(steps=700, batch=64, rate=2.5e-3, seed=2)
+RECIPE = Recipe(steps=1600, batch=64, rate=2.5e-3, seed=2)
 TUBELET = (2, PATCH, PATCH)
 GRID = (FRAMES // TUBELET[0], SIDE // PATCH, SIDE // PATCH)
 
