@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 	touch $@
 
 demo: .venv/.ready
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

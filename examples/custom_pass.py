@@ -1,13 +1,14 @@
-"""A pass of your own: attention that prefers what is near. Run it with `python examples/custom_pass.py`."""
+"""A pass of your own: attention that prefers what is near. Run it with `python -m examples.custom_pass`."""
 
 from dataclasses import dataclass, replace
 
 import sympy
 import torch
-from torchvision_or_not import let_transformers_import
 
 from rewrite import Pass, Site, kernels, parameter, register_pass, rewrite
 from rewrite.ir import I, J
+
+from .torchvision_or_not import let_transformers_import
 
 
 @register_pass

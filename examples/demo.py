@@ -1,7 +1,7 @@
-"""One photograph, two models, four published methods: what is rewritten, what it costs before and after, and pictures of both.
+"""One photograph, published methods: what a trained model answers before and after, what is rewritten, what it costs, and pictures.
 
-Run it with `make demo`, or `python examples/demo.py`. The models have the real architectures and random weights, so that nothing is
-downloaded: the demo shows what the passes do and what they cost. It does not show whether a model's answers stay good.
+Run it with `make demo`, or `python -m examples.demo`. Nothing is downloaded. The model that answers is a small one that ships with the
+project; what passes cost is shown on two real architectures at real sizes, with random weights.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_models import FULL, SMALL, deit, llava, pixels, prompt
-from demo_pictures import draw_costs, draw_patches, draw_token_exit
 from rich.console import Console
 from rich.table import Table
 from skimage import data, transform
 from torch import nn
 
 from rewrite import cached_tokens, kernels, rewrite
+
+from .demo_answers import answers
+from .demo_models import FULL, SMALL, deit, llava, pixels, prompt
+from .demo_pictures import draw_costs, draw_patches, draw_token_exit
 
 # Narrower than this, the report's table folds its numbers.
 WIDTH = 150
@@ -49,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=max(WIDTH, Console().width))
     chosen.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    console.print("Random weights: this shows what changes and what it costs, not whether the answers stay good.", style="bold")
+    answers(console, chosen.out)
+    console.print("Two models at real sizes with random weights, for what changes and what it costs:", style="bold")
 
     photo = transform.resize(data.astronaut(), (768, 768), anti_aliasing=True).astype(np.float32)
     vision = {"pixel_values": pixels(photo, shapes.deit_image)}

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from skimage import transform
 from torch import nn
-from torchvision_or_not import let_transformers_import
+
+from .torchvision_or_not import let_transformers_import
 
 VOCABULARY = 1000
 IMAGE_TOKEN = 999

@@ -41,12 +41,12 @@ class Panel:
     groups: np.ndarray | None = None
 
 
-def draw_kept(photo: np.ndarray, panels: Sequence[Panel], path: Path) -> Path:
+def draw_kept(photo: np.ndarray, panels: Sequence[Panel], path: Path, heading: str) -> Path:
     """The photograph once per method: patches as bright as there are layers that see them, and merged ones in the mean of their colours."""
     columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.2 * columns, 3.6 * rows + 0.5), layout="constrained")
-    figure.suptitle("The patches that the language model sees: bright in all layers, pale in none (random weights)", fontsize=13)
+    figure.suptitle(heading, fontsize=13)
     for axes in np.ravel(figure.subplots(rows, columns, squeeze=False))[len(panels) :]:
         axes.remove()
     for axes, panel in zip(figure.axes, panels, strict=True):

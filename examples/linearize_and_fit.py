@@ -5,8 +5,8 @@ is rewritten, and what the passes added is fitted against the model as it was, o
 CPU core; of an accuracy of 98.9% to 99.3%, for seeds 0 to 2, hedgehog keeps 98.9% to 99.8% and agent 98.2% to 99.3%. It is no faster: with
 65 tokens softmax is cheaper, as the warnings say. Run it:
 
-    python examples/linearize_and_fit.py
-    python examples/linearize_and_fit.py --seed 1 --pass "hedgehog(features=8)" --pass "agent(tokens=25, learnable=True)"
+    python -m examples.linearize_and_fit
+    python -m examples.linearize_and_fit --seed 1 --pass "hedgehog(features=8)" --pass "agent(tokens=25, learnable=True)"
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision_or_not import let_transformers_import
 
 from rewrite import fit, rewrite
+
+from .torchvision_or_not import let_transformers_import
 
 PASSES = ("hedgehog(features=16)", "agent(tokens=16, learnable=True)")
 BATCH = 64

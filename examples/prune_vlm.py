@@ -1,6 +1,6 @@
 """Which visual tokens each method keeps of a photograph, and what that costs: predicted and measured.
 
-    python examples/prune_vlm.py --output kept.png
+    python -m examples.prune_vlm --output kept.png
 
 The model has the shape of LLaVA-1.5 (a CLIP tower at 336 px, 576 visual tokens, a LLaMA), narrower and shallower, with random weights:
 nothing is downloaded, what CLS or the last word looks at is noise, and no method is judged by what it keeps. Costs are not noise.
@@ -15,14 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_models import FULL, SMALL, Shapes, llava, pixels, prompt
-from demo_pictures import Panel, draw_kept
 from rich.console import Console
 from rich.table import Table
 from skimage import data, transform
 from torch import nn
 
-from rewrite import NotApplicableError, Report, SlowerWarning, available_passes, kept_tokens, rewrite
+from rewrite import NotApplicableError, Report, SlowerWarning, available_passes, rewrite
+
+from .demo_models import FULL, SMALL, Shapes, llava, pixels, prompt
+from .demo_pictures import Panel, draw_kept
+from .patches_seen import patches_seen
 
 # What is shown, in this order, of what is registered. A quarter of the visual tokens stays where that is the method's choice.
 METHODS = (
@@ -77,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
                 console.print(f"{method} is left out: {error}")
     console.print(costs(shown, shapes))
     panels = [Panel(one.method, one.seen, one.groups) for one in shown]
-    console.print(f"picture: {draw_kept(photo, panels, chosen.output)}")
+    heading = "The patches that the language model sees: bright in all layers, pale in none (random weights)"
+    console.print(f"picture: {draw_kept(photo, panels, chosen.output, heading)}")
 
 
 def show(method: str, model: nn.Module, inputs: Inputs, shapes: Shapes) -> Shown:
@@ -85,17 +88,7 @@ def show(method: str, model: nn.Module, inputs: Inputs, shapes: Shapes) -> Shown
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", SlowerWarning)  # the table says so
         rewritten = rewrite(model, [method], example_inputs=inputs, measure=True)
-        with kept_tokens(rewritten) as kept:
-            rewritten(**inputs)
-    report, grid = rewritten.rewrite_report, shapes.llava_grid
-    visual = inputs["input_ids"][0] == model.config.image_token_id
-    sites = [site.qualified_name for site in report.sites if "visual" in site.token_layout]
-    masks = [kept[name].mask[0][visual] if name in kept else torch.ones(int(visual.sum()), dtype=torch.bool) for name in sites]
-    seen = torch.stack(masks).float().mean(0).reshape(grid, grid).numpy()
-    merged = [one.holders for one in kept.values() if one.holders is not None]
-    # The tower's tokens, of which the first is CLS.
-    groups = merged[-1][0, -(grid**2) :].reshape(grid, grid).numpy() if merged else None
-    return Shown(method, report, seen, groups)
+    return Shown(method, rewritten.rewrite_report, *patches_seen(rewritten, inputs, shapes.llava_grid))
 
 
 def costs(shown: list[Shown], shapes: Shapes) -> Table:

@@ -25,8 +25,9 @@ LIMITS = """Small, and trained on drawn scenes alone: it knows nothing of photog
 does to a model's answers, and is of no other use. Data, script and weights are of this project, under its license."""
 
 
-def publish(name: str, model: nn.Module, recipe: Recipe, told: dict[str, str], side: int, processor: str) -> Path:
-    """Write the folder of a trained model; told: title, what (it is), command and figures (a table in Markdown) for its card."""
+def publish(name: str, model: nn.Module, stages: dict[str, Recipe], told: dict[str, str], side: int, processor: str) -> Path:
+    """Write the folder of a trained model; stages: the runs that made it, in order, by name. told: title, what (it is), command and figures
+    (a table in Markdown) for its card."""
     folder = WEIGHTS / name
     folder.mkdir(parents=True, exist_ok=True)
     published: Any = model.to(torch.float16)
@@ -35,8 +36,13 @@ def publish(name: str, model: nn.Module, recipe: Recipe, told: dict[str, str], s
     told_of_pixels = {"do_resize": True, "size": {"height": side, "width": side}, "do_rescale": True, "do_normalize": True,
                  "image_mean": [MEAN] * 3, "image_std": [STD] * 3, "image_processor_type": processor}  # fmt: skip
     (folder / "preprocessor_config.json").write_text(json.dumps(told_of_pixels, indent=2) + "\n")
-    shutil.copy(RUNS / name / "loss.csv", folder / "loss.csv")
-    draw_curves(folder / "loss.csv", folder / "loss.png")
+    logs = {stage: folder / ("loss.csv" if stage == name else f"{stage.removeprefix(name + '_')}_loss.csv") for stage in stages}
+    for stage, log in logs.items():
+        shutil.copy(RUNS / stage / "loss.csv", log)
+    draw_curves(list(logs.values()), folder / "loss.png")
+    steps = "; then ".join(
+        f"{one.steps} steps of {one.batch} at {one.rate:g} (seed {one.seed}, {logs[stage].name})" for stage, one in stages.items()
+    )
     parameters = sum(one.numel() for one in published.parameters()) / 1e6
     (folder / "README.md").write_text(f"""# {told["title"]}
 
@@ -52,8 +58,7 @@ def publish(name: str, model: nn.Module, recipe: Recipe, told: dict[str, str], s
 
 ## Training
 
-`{told["command"]}`: {recipe.steps} steps of {recipe.batch}, bfloat16 autocast, Muon and AdamW at {recipe.rate:g}, seed {recipe.seed}. The
-log is loss.csv.
+`{told["command"]}`: {steps}. bfloat16 autocast, Muon for matrices and AdamW for the rest, one CPU core.
 
 ![loss](loss.png)
 
@@ -64,17 +69,17 @@ log is loss.csv.
     return folder
 
 
-def draw_curves(log: Path, picture: Path) -> None:
-    """The loss, and beside it every share that was logged, over steps."""
-    with log.open() as file:
-        rows = list(csv.DictReader(file))
-    steps = [int(row["step"]) for row in rows]
-    figure = Figure(figsize=(7, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(steps, [float(row["loss"]) for row in rows], linewidth=0.8)
-    left.set(title="loss", xlabel="step", yscale="log")
-    for key in (one for one in rows[0] if one not in ("step", "loss")):
-        right.plot(steps, [float(row[key]) for row in rows], linewidth=0.8, label=key)
-    right.set(title="of the training batch", xlabel="step", ylim=(0, 1))
-    right.legend(fontsize=7)
+def draw_curves(logs: list[Path], picture: Path) -> None:
+    """The loss, and beside it every share that was logged, over steps; a row for each log."""
+    figure = Figure(figsize=(7, 2.8 * len(logs)), layout="constrained")
+    for (left, right), log in zip(figure.subplots(len(logs), 2, squeeze=False), logs, strict=True):
+        with log.open() as file:
+            rows = list(csv.DictReader(file))
+        steps = [int(row["step"]) for row in rows]
+        left.plot(steps, [float(row["loss"]) for row in rows], linewidth=0.8)
+        left.set(title=log.stem.replace("_", ": "), xlabel="step", yscale="log")
+        for key in (one for one in rows[0] if one not in ("step", "loss")):
+            right.plot(steps, [float(row[key]) for row in rows], linewidth=0.8, label=key)
+        right.set(title="of the training batch", xlabel="step", ylim=(0, 1))
+        right.legend(fontsize=7)
     figure.savefig(picture, dpi=80)

@@ -109,14 +109,16 @@ def _asked(folder: Path, samples: int, group: Any, topic: str = "") -> Task:
     for _, of_length in sorted(by_length.items()):
         for first in range(0, len(of_length), BATCH):
             some = of_length[first : first + BATCH]
-            inputs = prompts(model.config, tokenizer, some)
+            texts, images = [question.text for _, question in some], [render(shown).image for shown, _ in some]
+            inputs = prompts(model.config, tokenizer, texts, images)
             answers = tokenizer.convert_tokens_to_ids([question.answer for _, question in some])
             batches.append(Batch(inputs, torch.tensor(answers), tuple(group(question) for _, question in some)))
     return Task(model, batches, lambda output: output.logits[:, -1])
 
 
-def prompts(config: Any, tokenizer: Any, asked: list[tuple[Scene, Question]]) -> dict[str, torch.Tensor]:
-    """What the model is given for questions: the picture, and the question behind it; shorter ones are padded on the left."""
+def prompts(config: Any, tokenizer: Any, texts: list[str], images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """What the model is given for a question about each picture [H, W, 3]: the picture, and the question behind it; shorter ones are padded
+    on the left."""
     image = tokenizer.convert_ids_to_tokens(config.image_token_id) * config.image_seq_length
-    words = tokenizer([f"{image} {question.text}" for _, question in asked], padding=True, return_tensors="pt", return_token_type_ids=False)
-    return {**words, "pixel_values": pixel_values([render(shown).image for shown, _ in asked])}
+    words = tokenizer([f"{image} {text}" for text in texts], padding=True, return_tensors="pt", return_token_type_ids=False)
+    return {**words, "pixel_values": pixel_values(images)}

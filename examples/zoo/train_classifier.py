@@ -108,9 +108,9 @@ def main() -> None:
         "what": f"`ViTForImageClassification`: which of {len(KINDS)} kinds the largest thing is. {GRID**2} patches and a CLS token.",
         "command": "python -m examples.zoo.train_classifier",
     }
-    publish("classifier", model.model, RECIPE, {**told, "figures": "to be measured"}, SIZE, "ViTImageProcessor")
+    publish("classifier", model.model, {"classifier": RECIPE}, {**told, "figures": "to be measured"}, SIZE, "ViTImageProcessor")
     measured = figures({"classification": classification}, WEIGHTS / "classifier", 2000)
-    publish("classifier", model.model, RECIPE, {**told, "figures": measured}, SIZE, "ViTImageProcessor")
+    publish("classifier", model.model, {"classifier": RECIPE}, {**told, "figures": measured}, SIZE, "ViTImageProcessor")
 
 
 if __name__ == "__main__":

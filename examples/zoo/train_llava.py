@@ -184,16 +184,17 @@ def main() -> None:
     tower.requires_grad_(True)
     tower.pooler.requires_grad_(False)
     train(model, TOGETHER, lambda step: packed(TOGETHER, step), loss, "llava")
+    stages = {"llava_alignment": ALIGNMENT, "llava_answers": ANSWERS, "llava": TOGETHER}
     told = {
         "title": "Answers to questions about scenes",
         "what": f"`LlavaForConditionalGeneration`: the classifier's ViT ({VISUAL} visual tokens) and a LLaMA of 8 layers. A prompt is one "
         "question, `<image> is there a red circle?`, answered by one word.",
         "command": "python -m examples.zoo.train_llava",
     }
-    publish("llava", model, TOGETHER, {**told, "figures": "to be measured"}, SIZE, "ViTImageProcessor")
+    publish("llava", model, stages, {**told, "figures": "to be measured"}, SIZE, "ViTImageProcessor")
     save_processor(WEIGHTS / "llava")
     measured = figures({"questions": answering, "existence": existence}, WEIGHTS / "llava", 2000)
-    publish("llava", model, TOGETHER, {**told, "figures": measured}, SIZE, "ViTImageProcessor")
+    publish("llava", model, stages, {**told, "figures": measured}, SIZE, "ViTImageProcessor")
 
 
 if __name__ == "__main__":

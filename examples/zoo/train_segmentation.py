@@ -104,9 +104,9 @@ def main() -> None:
         f"{len(KINDS)} kinds for every pixel.",
         "command": "python -m examples.zoo.train_segmentation",
     }
-    publish("segmentation", model, RECIPE, {**told, "figures": "to be measured"}, SIZE, "DPTImageProcessor")
+    publish("segmentation", model, {"segmentation": RECIPE}, {**told, "figures": "to be measured"}, SIZE, "DPTImageProcessor")
     measured = figures({"segmentation": segmentation}, WEIGHTS / "segmentation", 500)
-    publish("segmentation", model, RECIPE, {**told, "figures": measured}, SIZE, "DPTImageProcessor")
+    publish("segmentation", model, {"segmentation": RECIPE}, {**told, "figures": measured}, SIZE, "DPTImageProcessor")
 
 
 if __name__ == "__main__":

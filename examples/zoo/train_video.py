@@ -64,9 +64,9 @@ def main() -> None:
         "what": f"`VivitForVideoClassification`: which of {len(EVENTS)} things happens in {FRAMES} frames of {SIDE} x {SIDE} pixels.",
         "command": "python -m examples.zoo.train_video",
     }
-    publish("video", model, RECIPE, {**told, "figures": "to be measured"}, SIDE, "VivitImageProcessor")
+    publish("video", model, {"video": RECIPE}, {**told, "figures": "to be measured"}, SIDE, "VivitImageProcessor")
     measured = figures({"events": events}, WEIGHTS / "video", 2000)
-    publish("video", model, RECIPE, {**told, "figures": measured}, SIDE, "VivitImageProcessor")
+    publish("video", model, {"video": RECIPE}, {**told, "figures": measured}, SIDE, "VivitImageProcessor")
 
 
 if __name__ == "__main__":

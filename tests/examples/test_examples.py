@@ -25,7 +25,9 @@ def test_custom_pass_is_short() -> None:
 
 
 def test_custom_pass_runs_as_a_script() -> None:
-    done = subprocess.run([sys.executable, EXAMPLES / "custom_pass.py"], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.custom_pass"], cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "2 rewritten" in done.stdout
     changed = done.stdout.partition("largest change of the output: ")[2].split()[0]
@@ -35,10 +37,9 @@ def test_custom_pass_runs_as_a_script() -> None:
     assert Path(kernel).exists()
 
 
-def test_demo_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    demo = importlib.import_module("demo")
-    demo_models = importlib.import_module("demo_models")
+def test_demo_runs_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = importlib.import_module("examples.demo")
+    demo_models = importlib.import_module("examples.demo_models")
 
     demo.main(["--small", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
@@ -54,9 +55,8 @@ def test_demo_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_linear_attention_is_fitted_without_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Even where the original was trained for two epochs, a few steps bring something back, whichever pass it was."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("COLUMNS", "200")
-    example = importlib.import_module("linearize_and_fit")
+    example = importlib.import_module("examples.linearize_and_fit")
     monkeypatch.setattr(example, "BATCH", 16)
     labels = example.digits()[0].tensors[1]
     seen: list[torch.Tensor] = []
@@ -79,10 +79,9 @@ def test_linear_attention_is_fitted_without_labels(monkeypatch: pytest.MonkeyPat
         assert float(share) == pytest.approx(100 * float(fitted) / before, abs=0.2)
 
 
-def test_prune_vlm_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    example = importlib.import_module("prune_vlm")
-    pictures = importlib.import_module("demo_pictures")
+def test_prune_vlm_runs_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = importlib.import_module("examples.prune_vlm")
+    pictures = importlib.import_module("examples.demo_pictures")
     shown = {one.split("(")[0] for one in example.METHODS}
     assert {"cls_prune", "cls_ensemble", "hired", "diverse", "fastv", "pyramid", "token_exit", "merge"} <= shown
     example.main(["--small", "--output", str(tmp_path / "kept.png"), "--methods", "cls_prune(keep=0.25)"])
