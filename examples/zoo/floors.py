@@ -8,16 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes.prune import choice
-from rewrite import AttentionInputs, Fits, Pass, Program, parameter, register_pass
+from passes.prune.pruning import PrunesStacks
+from rewrite import Fits, Program, parameter, register_pass
 from rewrite.ir import Count, Drawn, Select
 
 
 @register_pass
 @dataclass(frozen=True)
-class RandomTokens(Pass):
+class RandomTokens(PrunesStacks):
     """Visual tokens drawn at random, the share `keep` of them, go on in front of `layer` of the language model."""
 
     name, family = "random_tokens", "prune"
@@ -37,26 +36,18 @@ class RandomTokens(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return self.keep == 1.0
 
-    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
-        if self.keep == 1.0:
-            return choice.keeps_all(str(self))
+    def chosen(self, program: Program, stack: int) -> tuple[Select, ...] | str:
         if reason := choice.reason_against_entry(program, stack, choice.at_layer(program, stack, self.layer)):
             return reason
         return (Select(stack, self.layer, "before", "visual", Count(self.keep), Drawn(self.seed), str(self)),)
 
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention, of the tokens that are there."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value
-
 
 @register_pass
 @dataclass(frozen=True)
-class RandomPatches(Pass):
+class RandomPatches(PrunesStacks):
     """A vision transformer keeps at each of `layers` the share `keep` of its patches, drawn at random; CLS stays."""
 
     name, family = "random_patches", "prune"
@@ -76,14 +67,10 @@ class RandomPatches(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return self.keep == 1.0
 
-    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
-        if self.keep == 1.0:
-            return choice.keeps_all(str(self))
+    def chosen(self, program: Program, stack: int) -> tuple[Select, ...] | str:
         sites = [choice.at_layer(program, stack, layer) for layer in sorted(self.layers)]
         if None in sites:
             return f"its stack does not have all of the layers {self.layers}"
@@ -91,7 +78,3 @@ class RandomPatches(Pass):
         return tuple(
             Select(stack, layer, "between", "patches", count, Drawn(self.seed + layer), str(self)) for layer in sorted(self.layers)
         )
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: at the layer where patches leave, they do so behind it."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

@@ -14,15 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes.prune import choice, pictures
-from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, Select, Site, parameter, register_pass
+from passes.prune.pruning import PrunesPictures
+from rewrite.ir import Count, Fits, Program, Select, Site, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class ClsPrune(Pass):
+class ClsPrune(PrunesPictures):
     """Of each picture's patches the share `keep` enters the language model, by the attention of CLS.
 
     The vision tower must have a CLS token, and the visual tokens must be its patches one by one: not pooled, nor joined with others.
@@ -43,14 +42,10 @@ class ClsPrune(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        return pictures.applied_by_pictures(program, self.fits, str(self), None if choice.is_everything(self.keep) else self._choose)
+    def keeps_everything(self) -> bool:
+        return choice.is_everything(self.keep)
 
-    def _choose(self, program: Program, last: Site, stack: int) -> Select | str:
+    def chosen(self, program: Program, last: Site, stack: int) -> Select | str:
         """What stays of the patches of one tower."""
         rule = pictures.received_from_cls(program, last, None)
         return rule if isinstance(rule, str) else Select(stack, 0, "before", "visual", Count(self.keep), rule, str(self))
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: in the vision tower no token leaves."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

@@ -18,12 +18,13 @@ from typing import Self
 import torch
 
 from passes.prune import choice
-from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, Select, Spread, parameter, register_pass
+from passes.prune.pruning import PrunesStacks
+from rewrite.ir import AttentionInputs, Count, Fits, Program, Select, Spread, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class Diverse(Pass):
+class Diverse(PrunesStacks):
     """Of a prompt's visual tokens the share `keep` enters the language model: those far from each other. 0.1 is the paper's 90 % fewer."""
 
     name = "diverse"
@@ -41,16 +42,12 @@ class Diverse(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return choice.is_everything(self.keep)
 
-    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
+    def chosen(self, program: Program, stack: int) -> tuple[Select, ...] | str:
         """What leaves one stack in front of its first layer, or why nothing does."""
         entry = choice.at_layer(program, stack, 0)
-        if choice.is_everything(self.keep):
-            return choice.keeps_all(str(self))
         if reason := choice.reason_against_entry(program, stack, entry):
             return reason
         return (Select(stack, 0, "before", "visual", Count(self.keep), Spread(), str(self)),)

@@ -20,15 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes.prune import choice, pictures
-from rewrite.ir import AttentionInputs, Contextual, Count, Fits, Pass, Program, Select, Site, parameter, register_pass
+from passes.prune.pruning import PrunesPictures
+from rewrite.ir import Contextual, Count, Fits, Program, Select, Site, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class DominantContextual(Pass):
+class DominantContextual(PrunesPictures):
     """Of each picture's patches the share `dominant` enters the language model, and the share `contextual` that the others are merged into.
 
     The defaults are the authors' 190 and 30 of 576 patches. The visual tokens must be a vision tower's patches one by one, made of one of
@@ -56,17 +55,13 @@ class DominantContextual(Pass):
     def identity(cls) -> Self:
         return cls(dominant=1.0)
 
-    def apply(self, program: Program) -> Program:
-        return pictures.applied_by_pictures(program, self.fits, str(self), None if choice.is_everything(self.dominant) else self._choose)
+    def keeps_everything(self) -> bool:
+        return choice.is_everything(self.dominant)
 
-    def _choose(self, program: Program, last: Site, stack: int) -> Select | str:
+    def chosen(self, program: Program, last: Site, stack: int) -> Select | str:
         """What stays of the patches of one tower."""
         contextual = Contextual(last.name, Count(self.contextual), self.summed)
         rule = pictures.received_from_cls(program, last, None, without_cls=True)
         if isinstance(rule, str):
             return rule
         return Select(stack, 0, "before", "visual", Count(self.dominant), rule, str(self), contextual=contextual)
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: in the vision tower no token leaves."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

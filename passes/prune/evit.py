@@ -20,16 +20,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes import layers as layers_
 from passes.prune import choice
-from rewrite.ir import CHANGES_NOTHING, AttentionInputs, Count, Fits, Pass, Program, Received, Select, parameter, register_pass
+from passes.prune.pruning import PrunesStacks
+from rewrite.ir import CHANGES_NOTHING, Count, Fits, Program, Received, Select, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class EViT(Pass):
+class EViT(PrunesStacks):
     """At each of `layers` the share `keep` of the patches stays.
 
     A stack without one of these layers is left alone, as is one whose tokens have no CLS token in front. Models that pool over patches
@@ -58,15 +57,11 @@ class EViT(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return self.keep == 1.0 and self.mass is None
 
-    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
+    def chosen(self, program: Program, stack: int) -> tuple[Select, ...] | str:
         """What leaves one stack, or why nothing does."""
-        if self.keep == 1.0 and self.mass is None:
-            return choice.keeps_all(str(self))
         chosen = [choice.at_layer(program, stack, layer) for layer in sorted(self.layers)]
         missing = [layer for layer, site in zip(sorted(self.layers), chosen, strict=True) if site is None]
         if missing:
@@ -81,7 +76,3 @@ class EViT(Pass):
         return tuple(
             Select(stack, site.layer, "between", "patches", count, Received((site.name,), (0, 1)), str(self), self.fuse) for site in sites
         )
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: at the layer where patches leave, they do so behind it."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

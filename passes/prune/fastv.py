@@ -14,15 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes.prune import choice
-from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, Select, parameter, register_pass
+from passes.prune.pruning import PrunesStacks
+from rewrite.ir import Count, Fits, Program, Select, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class FastV(Pass):
+class FastV(PrunesStacks):
     """Of the visual tokens the share `drop` leaves in front of layer `layer`, which the authors call K."""
 
     name = "fastv"
@@ -42,17 +41,9 @@ class FastV(Pass):
     def identity(cls) -> Self:
         return cls(drop=0.0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return self.drop == 0.0
 
-    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
+    def chosen(self, program: Program, stack: int) -> tuple[Select, ...] | str:
         """What leaves one stack, or why nothing does."""
-        if self.drop == 0.0:
-            return choice.keeps_all(str(self))
         return choice.chosen_by_text(program, stack, self.layer, self.layer - 1, Count(1.0 - self.drop, "round"), str(self))
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: at the layer that is read, every token is there still."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

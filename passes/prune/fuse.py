@@ -21,16 +21,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes import layers as layers_
-from passes.prune import choice, mergeable
-from rewrite.ir import CHANGES_NOTHING, AttentionInputs, Criteria, Fits, Merge, Pass, Program, parameter, register_pass
+from passes.prune import mergeable
+from passes.prune.pruning import PrunesStacks
+from rewrite.ir import CHANGES_NOTHING, Criteria, Fits, Merge, Program, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class Fuse(Pass):
+class Fuse(PrunesStacks):
     """`r` tokens are fused away in front of each of `layers`, at most half of those that are there, and ten are left.
 
     The authors fuse 16 in front of every layer but the first, or the share 0.35 in front of three (`fuse(r=0.35, layers=[3, 6, 9])`).
@@ -60,15 +59,11 @@ class Fuse(Pass):
     def identity(cls) -> Self:
         return cls(r=0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._merges(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return self.r == 0
 
-    def _merges(self, program: Program, stack: int) -> tuple[Merge, ...] | str:
+    def chosen(self, program: Program, stack: int) -> tuple[Merge, ...] | str:
         """What is fused in one stack, or why nothing is."""
-        if self.r == 0:
-            return choice.keeps_all(str(self))
         read = mergeable.sites_merged(program, stack, self.layers, 1)
         if isinstance(read, str):
             return read
@@ -78,7 +73,3 @@ class Fuse(Pass):
         return tuple(
             Merge(stack, site.layer, site.name, self.r, site.layout.prefix, True, str(self), criteria, site.layout.suffix) for site in read
         )
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: what is fused is decided between the sites."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

@@ -20,15 +20,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes.prune import choice, pictures
-from rewrite.ir import AttentionInputs, Count, Crops, Fits, Pass, Program, Received, Select, Site, parameter, register_pass
+from passes.prune.pruning import PrunesPictures
+from rewrite.ir import Count, Crops, Fits, Program, Received, Select, Site, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class HiRed(Pass):
+class HiRed(PrunesPictures):
     """Of an image's patches the share `keep` enters the language model, shared out among a thumbnail and its crops.
 
     The vision tower must be as `cls_prune` says, and each row of a batch must hold whole images. Models that lay the crops out anew before
@@ -57,10 +56,10 @@ class HiRed(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        return pictures.applied_by_pictures(program, self.fits, str(self), None if self.keep == 1.0 else self._choose)
+    def keeps_everything(self) -> bool:
+        return self.keep == 1.0
 
-    def _choose(self, program: Program, last: Site, stack: int) -> Select | str:
+    def chosen(self, program: Program, last: Site, stack: int) -> Select | str:
         """What stays of the patches of one tower."""
         late = pictures.received_from_cls(program, last, None)
         early = choice.at_layer(program, last.stack, self.early)
@@ -76,7 +75,3 @@ class HiRed(Pass):
             if self.bands and patches % (crops.pictures - 1):
                 return f"its pictures of {patches} patches are not cut into {crops.pictures - 1} equal bands"
         return Select(stack, 0, "before", "visual", Count(self.keep, "floor"), late, str(self), crops=crops)
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: in the vision tower no token leaves."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

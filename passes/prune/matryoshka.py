@@ -14,15 +14,14 @@ import math
 from dataclasses import dataclass
 from typing import Literal, Self
 
-import torch
-
 from passes.prune import pictures
-from rewrite.ir import AttentionInputs, Count, Fits, Pass, Pooled, Program, Select, Site, parameter, register_pass
+from passes.prune.pruning import PrunesPictures
+from rewrite.ir import Count, Fits, Pooled, Program, Select, Site, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class Matryoshka(Pass):
+class Matryoshka(PrunesPictures):
     """Each picture enters the language model as `tokens` means of its patches.
 
     The visual tokens must be a vision tower's patches one by one, on a grid that is cut into that many squares.
@@ -44,10 +43,10 @@ class Matryoshka(Pass):
     def identity(cls) -> Self:
         return cls(tokens="all")
 
-    def apply(self, program: Program) -> Program:
-        return pictures.applied_by_pictures(program, self.fits, str(self), None if self.tokens == "all" else self._choose)
+    def keeps_everything(self) -> bool:
+        return self.tokens == "all"
 
-    def _choose(self, program: Program, last: Site, stack: int) -> Select | str:
+    def chosen(self, program: Program, last: Site, stack: int) -> Select | str:
         """What becomes of the patches of one tower."""
         if reason := pictures.READ.reason_against(last):
             return f"its patches come from {last.name}, and there {reason}"
@@ -58,7 +57,3 @@ class Matryoshka(Pass):
         if cell == 0 or height % cell or width % cell or height * width != self.tokens * cell**2:
             return f"its pictures of {height}x{width} patches are not cut into {self.tokens} squares"
         return Select(stack, 0, "before", "visual", Count(self.tokens), Pooled(last.name, cell), str(self))
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: in the vision tower no token leaves."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

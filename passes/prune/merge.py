@@ -18,16 +18,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-import torch
-
 from passes import layers as layers_
-from passes.prune import choice, mergeable
-from rewrite.ir import AttentionInputs, Fits, Merge, Pass, Program, parameter, register_pass
+from passes.prune import mergeable
+from passes.prune.pruning import PrunesStacks
+from rewrite.ir import Fits, Merge, Program, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class ToMe(Pass):
+class ToMe(PrunesStacks):
     """`r` tokens are merged away at each of `layers`, at most half of those that are there.
 
     A stack without one of these layers is left alone, as is one whose attention is masked or biased by position: a merged token has none.
@@ -53,15 +52,11 @@ class ToMe(Pass):
     def identity(cls) -> Self:
         return cls(r=0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._merges(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return self.r == 0
 
-    def _merges(self, program: Program, stack: int) -> tuple[Merge, ...] | str:
+    def chosen(self, program: Program, stack: int) -> tuple[Merge, ...] | str:
         """What is merged in one stack, or why nothing is."""
-        if self.r == 0:
-            return choice.keeps_all(str(self))
         read = mergeable.sites_merged(program, stack, self.layers, 0)
         if isinstance(read, str):
             return read
@@ -69,7 +64,3 @@ class ToMe(Pass):
             Merge(stack, site.layer, site.name, self.r, site.layout.prefix, self.proportional, str(self), suffix=site.layout.suffix)
             for site in read
         )
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: at the layer where tokens are merged first, they are so behind it."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

@@ -16,15 +16,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Self
 
-import torch
-
 from passes.prune import choice, pictures
-from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, Select, Site, parameter, register_pass
+from passes.prune.pruning import PrunesPictures
+from rewrite.ir import Count, Fits, Program, Select, Site, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class OutlierTokens(Pass):
+class OutlierTokens(PrunesPictures):
     """Of each picture's patches the `keep` that CLS looks at most enter the language model: what DAMRO decodes against.
 
     The vision tower must be as `cls_prune` says. The default is that of the authors' script for POPE; for MME they keep 10.
@@ -45,16 +44,12 @@ class OutlierTokens(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        return pictures.applied_by_pictures(program, self.fits, str(self), None if choice.is_everything(self.keep) else self._choose)
+    def keeps_everything(self) -> bool:
+        return choice.is_everything(self.keep)
 
-    def _choose(self, program: Program, last: Site, stack: int) -> Select | str:
+    def chosen(self, program: Program, last: Site, stack: int) -> Select | str:
         """What stays of the patches of one tower."""
         rule = pictures.received_from_cls(program, last, None)
         if isinstance(rule, str):
             return rule
         return Select(stack, 0, "before", "visual", Count(self.keep), replace(rule, joined=True), str(self))
-
-    def reference(self, attention: AttentionInputs) -> torch.Tensor:
-        """Plain attention: in the vision tower no token leaves."""
-        return attention.logits.softmax(-1).nan_to_num(0.0) @ attention.value

@@ -19,12 +19,13 @@ import torch
 
 from passes import layers as layers_
 from passes.prune import choice
-from rewrite.ir import AttentionInputs, Count, Fits, Pass, Program, Select, parameter, register_pass
+from passes.prune.pruning import PrunesStacks
+from rewrite.ir import AttentionInputs, Count, Fits, Program, Select, parameter, register_pass
 
 
 @register_pass
 @dataclass(frozen=True)
-class PyramidDrop(Pass):
+class PyramidDrop(PrunesStacks):
     """In front of the first of `layers` the share `keep` of the prompt's visual tokens is left, then keep^2 of them, and so on.
 
     A stack with fewer layers than the last of these needs is left alone; the defaults are the authors', for 32 layers.
@@ -47,15 +48,11 @@ class PyramidDrop(Pass):
     def identity(cls) -> Self:
         return cls(keep=1.0)
 
-    def apply(self, program: Program) -> Program:
-        for stack in choice.stacks(program):
-            program = choice.applied(program, self.fits, stack, self._selections(program, stack), str(self))
-        return program
+    def keeps_everything(self) -> bool:
+        return self.keep == 1.0
 
-    def _selections(self, program: Program, stack: int) -> tuple[Select, ...] | str:
+    def chosen(self, program: Program, stack: int) -> tuple[Select, ...] | str:
         """What leaves one stack, stage by stage, or why nothing does."""
-        if self.keep == 1.0:
-            return choice.keeps_all(str(self))
         stages: list[Select] = []
         for number, layer in enumerate(sorted(self.layers), 1):
             stage = choice.chosen_by_text(program, stack, layer, layer, Count(self.keep**number, "round", "all"), str(self))
