@@ -29,6 +29,7 @@ from rewrite.tokens.edits import (
 from rewrite.tokens.flow import Flow, Group, Label, Operand, axis_flow
 from rewrite.tokens.operands import Operands, refuse
 from rewrite.tokens.placement import Placement, Selection, first_tensor, shape_of
+from rewrite.tokens.routed import Routed, routed_regions
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ class _Surgery:
         self.live = _read(graph)
         self.operands = Operands(streams)
         self.placements = self.operands.placements
+        self.routed = {node: region for region in routed_regions(graph) for node in region.nodes}
 
     def run(self) -> Pushed:
         short: dict[fx.Node, Selection] = {}
@@ -111,6 +113,9 @@ class _Surgery:
                 self.operands.frozen.cut(node, self.seeds[node])
             elif node.op == "output":
                 short = self.output(node)
+            elif node in self.routed:
+                if node is self.routed[node].exit:
+                    self.route(self.routed[node])
             elif any(source in self.placements for source in node.all_input_nodes):
                 with self.graph.inserting_before(node):
                     self.visit(node)
@@ -159,6 +164,18 @@ class _Surgery:
             flow = axis_flow(node)
             assert flow is not None
         self.push(node, name, flow)
+
+    def route(self, region: Routed) -> None:
+        """A region of experts runs on the tokens that are left, where it is given these."""
+        places = [self.placements.get(entry, Placement()) for entry in region.entries]
+        chosen = [place.axes.get(0) for place in places]
+        if not any(place.axes or place.restored for place in places):
+            return
+        first = chosen[0]
+        if first is None or any(one is None or one.positions is not first.positions for one in chosen):
+            refuse(region.nodes[0], "experts are given tokens that were dropped, or put back, beside others", "select after it")
+        region.shorten(first.kept)
+        self.placements[region.exit] = Placement({0: first}, batch=places[0].batch, rows=places[0].rows)
 
     def cuts(self, node: fx.Node, flow: Flow) -> bool:
         """Whether the operator merges, splits or cuts a selected axis, or the batch in a way that positions cannot follow."""
