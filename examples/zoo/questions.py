@@ -13,10 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .names import COLOURS, DIGITS, KINDS, PLACES, SHAPES, TEXTURES
-from .scenes import SMALL_DIGIT, TEXTURED, Scene, Thing
+from .scenes import SIZE, SMALL_DIGIT, TEXTURED, Scene, Thing
 
 # Pixels between two things from which on one is said to be left of, or above, the other.
 APART = 12
+# From a line between the thirds of the picture: places of things whose middle is nearer are not asked for.
+CLEAR = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,11 @@ def _is_fine(*things: Thing) -> bool:
 def unique(shown: Scene, **shared: str) -> bool:
     """Whether one thing alone has these properties."""
     return sum(all(getattr(thing, key) == value for key, value in shared.items()) for thing in shown.things) == 1
+
+
+def _stands_clearly(thing: Thing) -> bool:
+    """Whether a thing's middle is away from the lines between places."""
+    return all(abs(at - line * SIZE / 3) >= CLEAR for at in (thing.x, thing.y) for line in (1, 2))
 
 
 def _of_one_kind(shown: Scene) -> list[Thing]:
@@ -90,12 +97,12 @@ def _what(random: np.random.Generator, shown: Scene) -> Question | None:
     if random.random() < 0.5:
         thing = _pick(random, [one for one in shown.things if unique(shown, colour=one.colour)])
         return None if thing is None else Question(f"what is {thing.colour} ?", thing.kind, "what", _is_fine(thing))
-    thing = _pick(random, [one for one in shown.things if unique(shown, place=one.place)])
+    thing = _pick(random, [one for one in shown.things if unique(shown, place=one.place) and all(map(_stands_clearly, shown.things))])
     return None if thing is None else Question(f"what is at the {thing.place} ?", thing.kind, "what", _is_fine(thing))
 
 
 def _where(random: np.random.Generator, shown: Scene) -> Question | None:
-    thing = _pick(random, _of_one_kind(shown))
+    thing = _pick(random, [one for one in _of_one_kind(shown) if _stands_clearly(one)])
     return None if thing is None else Question(f"where is the {thing.kind} ?", thing.place, "where", _is_fine(thing))
 
 

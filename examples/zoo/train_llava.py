@@ -35,7 +35,7 @@ from .words import BEGIN, END, IMAGE, PAD, VOCABULARY, save_processor
 
 ALIGNMENT = Recipe(steps=300, batch=16, rate=4e-3, decay=0.02, seed=4)
 ANSWERS = Recipe(steps=1900, batch=16, rate=3e-3, decay=0.02, seed=1)
-TOGETHER = Recipe(steps=900, batch=16, rate=1e-3, decay=0.02, seed=5)
+TOGETHER = Recipe(steps=800, batch=16, rate=3e-4, decay=0.02, seed=5)
 QUESTIONS = 16
 # Scenes of a stage are those from its seed times this number on; the tower was trained on those before.
 SCENES_OF_A_STAGE = 10_000_000
