@@ -53,7 +53,7 @@ class RandomPatches(PrunesStacks):
     name, family = "random_patches", "prune"
     paper = "none: the floor that other methods are measured against"
     formula = "x = [cls, x[S]], S drawn evenly, other ones in each row"
-    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True)
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, frames=True)
 
     keep: float = parameter(0.7, "share of the patches that stay at each layer; 1.0 changes nothing")
     layers: tuple[int, ...] = parameter((3, 6, 9), "the layers, from 0, between whose attention and MLP patches leave")

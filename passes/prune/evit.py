@@ -39,7 +39,7 @@ class EViT(PrunesStacks):
     family = "prune"
     paper = "Liang, Ge, Tong, Song, Wang, Xie: Not All Patches are What You Need, ICLR 2022 (arXiv 2202.07800)"
     formula = "x = [cls, x[topk(a)], sum_{j left} a_j x_j], a = mean_h attention[cls, j]"
-    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, followed=True)
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, frames=True, followed=True)
 
     keep: float = parameter(0.7, "share of the patches that stay at each layer; 1 changes nothing")
     layers: tuple[int, ...] = parameter((3, 6, 9), "the layers, from 0, between whose attention and MLP patches leave")

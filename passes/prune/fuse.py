@@ -40,7 +40,7 @@ class Fuse(PrunesStacks):
     family = "prune"
     paper = "Lee, Choi, Kim: Multi-criteria Token Fusion with One-step-ahead Attention (MCTF), CVPR 2024 (arXiv 2403.10030)"
     formula = "x_g = sum_{t in g} w_t x_t / sum_{t in g} w_t, w = a s; out_g = sum_{t in g} w_t (softmax(qk + log s) v_g)_t / sum w"
-    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, followed=True, cached=False)
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, frames=True, followed=True, cached=False)
     excludes = mergeable.EXCLUDED
 
     r: int | float = parameter(16, "tokens fused away in front of each layer, or their share of those behind CLS; 0 changes nothing")

@@ -37,7 +37,7 @@ class ToMe(PrunesStacks):
     family = "prune"
     paper = "Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman: Token Merging: Your ViT But Faster, ICLR 2023 (arXiv 2210.09461)"
     formula = "x_b = sum_{t in b} s_t x_t / s_b, s_b = sum_{t in b} s_t; out = softmax(qk + log s) @ v"
-    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, followed=True, cached=False)
+    fits = Fits(kinds=frozenset({"self"}), causal=False, grid=True, frames=True, followed=True, cached=False)
     excludes = mergeable.EXCLUDED
 
     r: int = parameter(13, "tokens merged away at each layer; 0 changes nothing")

@@ -39,14 +39,15 @@ class Fits:
     """The sites a pass can work on; whatever is not asked for here is allowed.
 
     causal: required value, or None for either. grid, visual, hidden: the site must have a 2-D grid, visual tokens among its keys, the
-    hidden states of its layer's input. followed: tokens behind the grid are fine. cached: so are sites that read a KV cache. unusual: so
-    are sites that are not softmax attention alone: mixed heads, sink logits, other normalisers, changed weights (`Attend.unusual`); the
+    hidden states of its layer's input. frames: a 3-D grid, of a video's frames, is fine too. followed: so are tokens behind the grid.
+    cached: so are sites that read a KV cache. unusual: so are sites that are not softmax attention alone: mixed heads, sink logits, other normalisers, changed weights (`Attend.unusual`); the
     pass must keep these parts.
     """
 
     kinds: frozenset[str] = frozenset({"self"})
     causal: bool | None = None
     grid: bool = False
+    frames: bool = False
     followed: bool = False
     visual: bool = False
     hidden: bool = False
@@ -59,7 +60,8 @@ class Fits:
             (site.kind not in self.kinds, f"it is {site.kind}-attention, the pass is for {' or '.join(sorted(self.kinds))}-attention"),
             (self.causal is True and not is_causal(site), "it is not causal"),
             (self.causal is False and is_causal(site), "it is causal, and the method is defined for non-causal attention"),
-            (self.grid and (site.layout.grid is None or len(site.layout.grid) != 2), "its tokens lie on no grid that was found"),
+            (self.grid and site.layout.grid is None, "its tokens lie on no grid that was found"),
+            (self.grid and not self.frames and len(site.layout.grid or ()) > 2, "its tokens lie on a grid of frames, not of one picture"),
             (self.grid and self._partial(site) is not None, f"{self._partial(site)}"),
             (self.visual and not site.layout.visual, "no visual tokens were found among its keys"),
             (self.hidden and "hidden" not in site.operands, "the hidden states that enter its layer were not found"),

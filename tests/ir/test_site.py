@@ -65,7 +65,7 @@ def test_a_step_of_one_query_on_a_cache_is_causal(case: Site, causal: bool) -> N
     [
         (Fits(), {"kind": "cross"}, "cross-attention"),
         (Fits(grid=True), {}, "grid"),
-        (Fits(grid=True), {"layout": TokenLayout((2, 3, 1))}, "grid"),
+        (Fits(grid=True), {"layout": TokenLayout((2, 3, 1))}, "frames"),
         (Fits(visual=True), {}, "visual"),
         (Fits(hidden=True), {}, "hidden states"),
         (Fits(cached=False), {"cached": True}, "KV cache"),
@@ -78,6 +78,10 @@ def test_sites_that_do_not_fit(fits: Fits, facts: dict[str, object], word: str) 
     assert reason is not None
     assert word in reason
     assert Fits().reason_against(site()) is None
+
+
+def test_a_grid_of_frames_fits_where_it_may() -> None:
+    assert Fits(grid=True, frames=True).reason_against(site(layout=TokenLayout((2, 3, 1)))) is None
 
 
 @pytest.mark.parametrize(

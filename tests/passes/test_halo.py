@@ -41,7 +41,7 @@ def test_a_block_as_large_as_the_grid_changes_nothing() -> None:
     ("case", "words"),
     [
         ("sequence", "its tokens lie on no grid"),
-        ("volume", "its tokens lie on no grid"),
+        ("volume", "its tokens lie on a grid of frames"),
         ("text", "it is causal"),
         ("grid, other count", "make 72 tokens, it has 49"),
     ],

@@ -28,7 +28,7 @@ def routed(setting: Routed, case: Site) -> Site:
         (Routed(regions=(2, 3)), SITES["text"], "it is causal"),
         (Routed(regions=(2, 3)), SITES["cross"], "it is cross-attention"),
         (Routed(regions=(2, 3)), SITES["sequence"], "its tokens lie on no grid that was found"),
-        (Routed(regions=(2, 3)), SITES["volume"], "its tokens lie on no grid that was found"),
+        (Routed(regions=(2, 3)), SITES["volume"], "its tokens lie on a grid of frames"),
         (Routed(regions=7), site(49, layout=TokenLayout((14, 14), window=(7, 7))), "it attends in windows of 7x7"),
         (Routed(regions=(2, 3), layers=(0, 1)), SITES["grid"], "it is layer 3, and layers=(0, 1)"),
         (Routed(regions=(2, 3), lepe=True), SITES["grid, shared heads"], "its 4 heads share 2"),
