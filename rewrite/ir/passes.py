@@ -40,8 +40,8 @@ class Fits:
 
     causal: required value, or None for either. grid, visual, hidden: the site must have a 2-D grid, visual tokens among its keys, the
     hidden states of its layer's input. frames: a 3-D grid, of a video's frames, is fine too. followed: so are tokens behind the grid.
-    cached: so are sites that read a KV cache. unusual: so are sites that are not softmax attention alone: mixed heads, sink logits, other normalisers, changed weights (`Attend.unusual`); the
-    pass must keep these parts.
+    cached: so are sites that read a KV cache. unusual: so are sites that are not softmax attention alone: mixed heads, sink logits, other
+    normalisers, changed weights (`Attend.unusual`); the pass must keep these parts.
     """
 
     kinds: frozenset[str] = frozenset({"self"})
