@@ -26,7 +26,7 @@ from .zoo.scenes import SIZE, Scene, Thing, paint
 from .zoo.tasks import prompts
 
 WEIGHTS = Path(__file__).parent / "zoo" / "weights" / "llava"
-PASSES = ("cls_prune(keep=0.25)", "fastv(layer=4, drop=0.75)", "token_exit(layer=6)", "sink_redistribution")
+PASSES = ("cls_prune(keep=0.25)", "fastv(layer=4, drop=0.75)", "token_exit(layer=6)")
 THINGS = (
     Thing("heart", "red", "plain", 27, 80, 40),
     Thing("star", "yellow", "plain", 88, 84, 24),

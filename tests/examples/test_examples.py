@@ -43,13 +43,16 @@ def test_demo_runs_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
     demo.main(["--small", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert "Random weights" in printed
+    right = [int(count) for count in re.findall(r"(\d+) of 12", printed)]
+    assert len(right) == 1 + len(importlib.import_module("examples.demo_answers").PASSES)
+    assert right[0] >= 10  # the unmodified model answers
+    assert "random weights" in printed
     for name in ("agent", "neighborhood", "token_exit", "sink_redistribution"):
         assert name in printed
     visual, text = demo_models.SMALL.llava_grid**2, demo_models.TEXT_BEFORE + demo_models.TEXT_AFTER
     cached = text + demo_models.SMALL.new_tokens - 1
     assert f"tokens in the KV cache of each layer: {cached + visual} {cached + visual} {cached} {cached}" in printed
-    for picture in ("token_exit", "neighborhood_and_agents", "multiply_adds"):
+    for picture in ("answers", "token_exit", "neighborhood_and_agents", "multiply_adds"):
         assert (tmp_path / f"{picture}.png").stat().st_size > 10_000
 
 
