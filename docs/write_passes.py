@@ -88,6 +88,7 @@ def _fits(fits: Fits) -> str:
     ]
     text = f"{' or '.join(sorted(fits.kinds))}-attention, {causal}{', with ' + ' and '.join(needs) if needs else ''}"
     text += "" if fits.cached else ", without a KV cache"
+    text += ", with a KV cache of fixed length (a static cache) too" if fits.fixed else ""
     return text + (
         "; also sites beyond plain softmax attention" if fits.unusual else "; plain softmax attention, masks and biases included"
     )

@@ -17,8 +17,9 @@ from rewrite.engine import Known, Record, Rewriter, RewrittenGraph
 from rewrite.ir.errors import NotApplicableError
 from rewrite.names import Witness
 from rewrite.notes import Note
+from rewrite.recognise.fixed_caches import cache_writes, from_start
 from rewrite.recognise.operators import value_of
-from rewrite.states import stand_in
+from rewrite.states import stand_in, with_note
 from rewrite.tokens.chosen import Chosen
 
 InnerBackend = str | Callable[..., Any]
@@ -138,6 +139,7 @@ class CompiledGraph:
 
     def __post_init__(self) -> None:
         self.floating = [index for index, node in enumerate(self._placeholders()) if is_activation(node)]
+        self.writes = cache_writes(self.graph_module.graph)
         self.streams = [index for index in self.floating if value_of(self._placeholders()[index]).ndim in (2, 3)]
 
     def _placeholders(self) -> list[fx.Node]:
@@ -156,16 +158,18 @@ class CompiledGraph:
                 note.groups is not None,
                 note.sinks is not None,
                 note.state is not None,
+                note.marked,
                 None if note.positions is None else shared.setdefault(id(note.positions), index),
             )
             for index, (_, note) in notes.items()
         )
         of_activations = tuple((index, known.kind) for index, known in carried.items())
-        key = (of_caches, of_activations, base)
+        prompt = from_start(self.writes, dict(zip(self._placeholders(), inputs, strict=True)))
+        key = (of_caches, of_activations, base, prompt)
         if key not in self.variants:
             told = {index: words for index in self.floating if (words := self.current().behind(inputs[index])) is not None}
             behind = {index: words for index, words in told.items() if index not in carried}
-            known = Known({index: note for index, (_, note) in notes.items()}, carried, behind, base)
+            known = Known({index: note for index, (_, note) in notes.items()}, carried, behind, base, prompt)
             rewritten = self.rewriter.rewrite(self.graph_module, inputs, known)
             rewritten.record.again = bool(self.variants)
             decided = [one.by for one in rewritten.record.program.exits if one.when is not None]
@@ -248,7 +252,15 @@ class CompiledGraph:
                 call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers.get(index, ()), of_pictures))
             else:
                 results[index] = self._noted(call, results[index], known)
-        return results[:count] if produced else results
+        for index, site in variant.graph.lost.items():
+            entry = results[index]
+            note = Note(None, entry.shape[2], entry=(entry.shape[1], entry.shape[3], entry.dtype), kept=entry, lost=site)
+            results[index] = stand_in(note)
+            call.produce(results[index], note)
+        outputs, given = variant.graph.marked
+        for entry in (*(results[index] for index in outputs), *(inputs[index] for index in given)):
+            call.produce(with_note(entry, Note(None, entry.shape[2], marked=True)), Note(None, entry.shape[2], marked=True))
+        return results[:count]
 
     @staticmethod
     def _noted(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> torch.Tensor:

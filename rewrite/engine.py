@@ -18,9 +18,11 @@ from rewrite.graph_time import device_of, operator_costs
 from rewrite.ir.passes import Pass
 from rewrite.ir.program import Program
 from rewrite.lower.program import Allowed, Extra, Produced, ProgramLowering
+from rewrite.lower.prompts import read_new_keys
 from rewrite.names import Names
 from rewrite.notes import Note
 from rewrite.prediction import Gate
+from rewrite.recognise.fixed_caches import cache_writes
 from rewrite.recognise.flex import is_flex_attention
 from rewrite.recognise.operators import module_path
 from rewrite.recognise.regions import NearMiss, find_regions, interior
@@ -66,13 +68,15 @@ class Known:
     """What a call knows of a graph's inputs, by position.
 
     notes: of cache entries. carried: of activations that an earlier graph made. behind: inputs that lie behind a break and nothing is known
-    of, with the break in words. base: the module that the graph runs for, where that is known.
+    of, with the break in words. base: the module that the graph runs for, where that is known. prompt: what it writes into KV caches of
+    fixed length begins at their first place.
     """
 
     notes: Mapping[int, Note] = field(default_factory=dict)
     carried: Mapping[int, Carried] = field(default_factory=dict)
     behind: Mapping[int, str] = field(default_factory=dict)
     base: str | None = None
+    prompt: bool = False
 
 
 @dataclass
@@ -80,7 +84,8 @@ class RewrittenGraph:
     """A rewritten graph and how it is called.
 
     layers: by output, the sites of its stack that lie behind it. chosen: by output, the choice among the pictures whose patches it holds,
-    and which of these it is, None for all.
+    and which of these it is, None for all. marked: outputs, and inputs, that are KV caches of fixed length with marks in the places of
+    tokens that left. lost: by output, the site of which it is a part of a KV cache that some tokens left, and no later call can go on from.
     """
 
     module: fx.GraphModule
@@ -90,6 +95,8 @@ class RewrittenGraph:
     changed: bool
     layers: Mapping[int, tuple[str, ...]]
     chosen: Mapping[int, tuple[Choice, int | None]]
+    marked: tuple[tuple[int, ...], tuple[int, ...]]
+    lost: Mapping[int, str]
 
 
 @dataclass
@@ -130,13 +137,16 @@ class Rewriter:
         visual_caches = {placeholders[index] for index, note in notes.items() if note.positions is not None or note.groups is not None}
         carried = {placeholders[index]: one for index, one in known.carried.items()}
         extras = receive(graph, placeholders, known.carried)
+        if known.prompt and (visual_merges(graph) or any(note.marked for note in notes.values())):
+            read_new_keys(graph, cache_writes(graph))
         values = dict(zip(placeholders, inputs, strict=True))
         recognition = recognise(graph, values, qualify, lambda node: node in visual_caches, self.proofs)
         continue_stacks(recognition, carried, self.depths)
         behind = {placeholders[index]: told for index, told in known.behind.items()}
         cut = {entry.site.name: told for entry in recognition.found if (told := missing(entry, behind))}
         left = leaving(graph, recognition, carried) if self.allowed.notes else []
-        program = self.plan(recognition)
+        marked = {placeholders[index] for index, note in notes.items() if note.marked}
+        program = self.plan(recognition).hiding({entry.site.name for entry in recognition.found if marked & set(entry.cache)})
         before = graph_cost(graph, {})
         attention = {node for entry in recognition.found for node in interior(entry.region)}
         operators = operator_costs(graph, {}, attention)
@@ -166,7 +176,8 @@ class Rewriter:
             cut=cut,
             keys_kept=work.states.declined,
         )
-        return RewrittenGraph(module, work.extras, produced, record, changed, {one.output: one.layers for one in left}, work.chosen)
+        layers = {one.output: one.layers for one in left}
+        return RewrittenGraph(module, work.extras, produced, record, changed, layers, work.chosen, work.marked, work.lost)
 
     def _enclosed(self, module: fx.GraphModule, qualify: Callable[[str], str]) -> list[NearMiss]:
         """Attention in a body that an operator of the graph runs by itself, as gradient checkpointing does; it is left alone."""

@@ -31,6 +31,8 @@ class Note:
     sinks: [B, H, n] likewise, one where a token draws attention in a head, or None.
     state: [B, Hs, F, V] what stands for the keys and values, seen: [B, length] which keys it holds, or None.
     entry: heads, width and dtype that the model's code expects, where the cache holds a stand-in.
+    lost: the site whose entry no later call can go on from, as the cache keeps a part of what some tokens left; or "".
+    marked: the cache has a fixed length, and marks in the places of tokens that left (`rewrite.tokens.marks`).
     """
 
     positions: torch.Tensor | None
@@ -41,6 +43,8 @@ class Note:
     seen: torch.Tensor | None = None
     entry: tuple[int, int, torch.dtype] | None = None
     kept: torch.Tensor | None = None
+    marked: bool = False
+    lost: str = ""
 
     @property
     def replaced(self) -> bool:

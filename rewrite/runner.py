@@ -26,7 +26,7 @@ from rewrite.lower.program import Allowed
 from rewrite.names import Names
 from rewrite.notes import CacheNotes, Note, Slot, slots, storage_of
 from rewrite.observers import observers_aside
-from rewrite.states import Followed, is_stand_in, whole_entry
+from rewrite.states import Followed, is_stand_in, note_of, whole_entry
 from rewrite.watch import MergeWatch
 
 if TYPE_CHECKING:
@@ -224,8 +224,8 @@ def _put_stand_ins(notes: CacheNotes, call: RunningCall, arguments: Any) -> Iter
             slot.put(put)
             yield slot, put
             continue
-        note = notes.read(slot)
-        if note is not None and slot.put is not None:
+        note = notes.read(slot) or note_of(slot.tensor)
+        if note is not None and (note.marked or slot.put is not None):
             # An entry from which no token left is itself its stand-in, so that the model's code reads it as before.
             call.stand_ins[storage_of(slot.tensor)] = (slot.tensor, note)
 

@@ -18,7 +18,7 @@ from rewrite.dry_run import call_original, copied, kind_of_call, untouched
 from rewrite.engine import Record
 from rewrite.ir.errors import ModelCallError, NoAttentionError, NotApplicableError, RewriteError
 from rewrite.ir.operations import Parameter
-from rewrite.ir.passes import APART, CHANGES_NOTHING, Pass
+from rewrite.ir.passes import APART, CHANGES_NOTHING, FIXED, Pass
 from rewrite.notes import CacheNotes, slots
 from rewrite.prediction import SLOWER, Gate, SlowerWarning, compared
 from rewrite.report import Report
@@ -207,10 +207,12 @@ class Session:
         merged = record.merges or (ACTIVE.call is not None and ACTIVE.call.merged)
         for reason, names in lost.items():
             told = f"{', '.join(names)} runs without {reason}"
+            if FIXED in reason:
+                raise ModelCallError(f"{told}; use a cache that grows with the tokens, or rewrite without this pass")
             if moved.intersection(names):
                 raise ModelCallError(
-                    f"{told}; it was {kinds[names[0]]}-attention when the model was analysed. A KV cache of fixed length that the model "
-                    "writes into (a static cache) is not followed: use one that grows with the tokens, or rewrite without this pass"
+                    f"{told}; it was {kinds[names[0]]}-attention when the model was analysed. A KV cache that the model writes into in a "
+                    "way that is not followed makes it so: use one that grows with the tokens, or rewrite without this pass"
                 )
             if APART in reason and not blind.intersection(names):
                 raise ModelCallError(

@@ -17,6 +17,7 @@ import torch
 
 from rewrite.ir.errors import ModelCallError
 from rewrite.notes import Note, slots
+from rewrite.tokens.marks import unmarked
 
 # The entry's type is one that no model computes attention in, so that an entry which comes to a model that does not know of it is an
 # error in its first product, and the imaginary part tells such an entry from any other tensor.
@@ -29,12 +30,17 @@ def stand_in(note: Note) -> torch.Tensor:
     batch = note.stored.shape[0]
     rows = torch.arange(batch, device=note.stored.device, dtype=torch.float32)
     entry = torch.complex(rows, torch.full_like(rows, _MARK)).reshape(batch, 1, 1, 1).expand(batch, 1, note.length, 1)
+    return with_note(entry, note)
+
+
+def with_note(entry: torch.Tensor, note: Note) -> torch.Tensor:
+    """The entry itself, with what is known of it, which its copies take along."""
     setattr(entry, _ATTRIBUTE, note)
     return entry
 
 
 def note_of(entry: torch.Tensor) -> Note | None:
-    """What an entry that was not moved stands for."""
+    """What an entry that was not moved stands for, or what is known of it."""
     found: Note | None = getattr(entry, _ATTRIBUTE, None)
     return found
 
@@ -51,14 +57,23 @@ def cached_tokens(cache: Any) -> list[int]:
     """How many tokens a KV cache holds of each layer, in order; 0 where a state stands for them.
 
     Where tokens left, the entries say that they have the full length, which the model's code counts on. cache: an object or a sequence
-    with the entries [B, H, N, D] in it, as a model returns it; of one whose rows were moved since, the full length is told.
+    with the entries [B, H, N, D] in it, as a model returns it; of one whose rows were moved since, the full length is told. Of a cache of
+    fixed length the places are counted, less those whose tokens left.
     """
     by_owner: dict[int, torch.Tensor] = {}
     for slot in slots(cache):
         if slot.tensor.ndim == 4:
             by_owner.setdefault(id(slot.owner), slot.tensor)
     notes = [(entry, note_of(entry)) for entry in by_owner.values()]
-    return [entry.shape[2] if note is None else 0 if note.kept is None else note.kept.shape[2] for entry, note in notes]
+    return [_count(entry, note) for entry, note in notes]
+
+
+def _count(entry: torch.Tensor, note: Note | None) -> int:
+    if note is None:
+        return entry.shape[2]
+    if note.marked:
+        return int(unmarked(entry).sum(1).max())
+    return 0 if note.kept is None else note.kept.shape[2]
 
 
 class Followed:
@@ -80,6 +95,11 @@ class Followed:
             raise ModelCallError(
                 f"a KV cache entry of {entry.shape[2]} tokens {told}; it stands for a state or for fewer tokens, which cannot be "
                 "cut or extended outside the model: start again from the prompt with a new cache"
+            )
+        if known.lost:
+            raise ModelCallError(
+                f"{known.lost}: its KV cache keeps the last tokens alone (a sliding window that the prompt is longer than), and some of "
+                "these had left: no later call can go on from it; use prompts that the window holds, or rewrite without this pass"
             )
         if own is not None:
             return own

@@ -30,7 +30,7 @@ class ClsEnsemble(PrunesPictures):
     family = "prune"
     paper = "Wang, Sun, Wang, Zhang, Lin, Xiong, Shi, Wang: [CLS] Token Tells Everything Needed (VTC-CLS), 2024 (arXiv 2412.05819)"
     formula = "h_0 = h_0[text and topk(a)], a = sum_{l >= first} mean_h attention_l[cls, patch] of the vision tower"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     keep: int | float = parameter(0.25, "share of each picture's patches that stay, or their number; 1.0 changes nothing")
     first: int = parameter(0, "the first layer of the vision tower whose attention counts, from 0")

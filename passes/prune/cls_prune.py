@@ -31,7 +31,7 @@ class ClsPrune(PrunesPictures):
     family = "prune"
     paper = "Zhang, Cheng, Lu, Zhuo, Wang, Zhang, Guo, Zhang: [CLS] Attention is All You Need (FasterVLM), 2024 (arXiv 2412.01818)"
     formula = "h_0 = h_0[text and topk(a)], a = mean_h attention[cls, patch] of the vision tower"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     keep: int | float = parameter(0.25, "share of each picture's patches that stay, or their number; 1.0 changes nothing")
 

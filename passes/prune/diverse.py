@@ -31,7 +31,7 @@ class Diverse(PrunesStacks):
     family = "prune"
     paper = "Li, Zhan, Xu, Wang, Chen: ToDRE, 2025 (arXiv 2505.18757), first stage; selection of DivPrune, CVPR 2025 (arXiv 2503.02175)"
     formula = "h_0 = h_0[text and S], S greedy: argmax_j min_{i in S} 1 - cos(x_i, x_j)"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     keep: int | float = parameter(0.1, "share of the visual tokens that stay, or their number; 1.0 changes nothing")
 

@@ -38,7 +38,7 @@ class DominantContextual(PrunesPictures):
     family = "prune"
     paper = "Yang, Chen, Tian, Wang, Li, Yu, Jia: VisionZip, CVPR 2025 (arXiv 2412.04467)"
     formula = "h_0 = h_0[text and (topk(a) or t)], x_t = mean(x_t and x_j with t = argmax cos(k_j, k_t)), a = mean_h attention[cls, patch]"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     dominant: int | float = parameter(0.33, "share of each picture's patches that stay as they are, or their number; 1.0 changes nothing")
     contextual: int | float = parameter(0.052, "share of each picture's patches that the others are merged into, or their number")

@@ -28,7 +28,7 @@ class FastV(PrunesStacks):
     family = "prune"
     paper = "Chen, Zhao, Liu, Bai, Lin, Zhou, Chang: An Image is Worth 1/2 Tokens After Layer 2 (FastV), ECCV 2024 (arXiv 2403.06764)"
     formula = "h_l = h_l[text and topk(a)] for layers l >= K, a = mean_h attention_{K-1}[last query, visual]"
-    fits = Fits(kinds=frozenset({"self"}), visual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, fixed=True)
 
     layer: int = parameter(2, "the first layer without the visual tokens that leave, from 1")
     drop: float = parameter(0.5, "share of the visual tokens that leave; 0 changes nothing")

@@ -38,7 +38,7 @@ class HiRed(PrunesPictures):
     family = "prune"
     paper = "Arif, Yoon, Nikolopoulos, Vandierendonck, John, Ji: HiRED, AAAI 2025 (arXiv 2408.10945)"
     formula = "h_0 = h_0[text and topk(a_late, n_c)], n_c = m_c / sum(m) budget, m_c = count of topk(a_early of the thumbnail) in crop c"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     keep: float = parameter(0.2, "share of an image's patches that stay; 1 changes nothing")
     crops: tuple[int, ...] | None = parameter(None, "rows and columns of the crops behind each thumbnail; None: each picture stands alone")

@@ -32,7 +32,7 @@ class Matryoshka(PrunesPictures):
     paper = "Cai, Yang, Gao, Lee: Matryoshka Multimodal Models, ICLR 2025 (arXiv 2405.17430)"
     formula = "h_0 = [text, mean over each cell of the projected patches], cells of sqrt(P / tokens) x sqrt(P / tokens)"
     training_free = False
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     tokens: int | Literal["all"] = parameter(36, 'tokens of each picture; "all" changes nothing')
 

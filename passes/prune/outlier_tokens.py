@@ -33,7 +33,7 @@ class OutlierTokens(PrunesPictures):
     family = "prune"
     paper = "Gong, Ming, Wang, Wei: DAMRO, EMNLP 2024 (arXiv 2410.04514)"
     formula = "h_0 = h_0[text and topk(a)], a = softmax(q_cls k / sqrt(C)) of the vision tower, its heads as one"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     keep: int | float = parameter(4, "number of each picture's patches that stay, or their share; 1.0 changes nothing")
 

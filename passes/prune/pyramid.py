@@ -35,7 +35,7 @@ class PyramidDrop(PrunesStacks):
     family = "prune"
     paper = "Xing, Huang, Dong, Lu, Zhang, Zang, Cao, He, Wang, Wu, Lin: PyramidDrop, CVPR 2025 (arXiv 2410.17247)"
     formula = "h_l = h_l[text and topk(a)] for layers l >= L, a = mean_h attention_L[last query, visual], stage by stage"
-    fits = Fits(kinds=frozenset({"self"}), visual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, fixed=True)
 
     layers: tuple[int, ...] = parameter((8, 16, 24), "the layers, from 0, in front of which visual tokens leave")
     keep: float = parameter(0.5, "share of the visual tokens that each stage leaves of those before it; 1 changes nothing")

@@ -63,7 +63,7 @@ class TokenExit(Pass):
     family = "prune"
     paper = "Wu, Lin, Zhou, Ye, Zeng, Sun, Ji: Dynamic Visual-Token Exit (DyVTE), NeurIPS 2025 (arXiv 2411.19628)"
     formula = "h_l = h_l[not visual] for layers l >= L"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True, fixed=True)
 
     layer: int | Literal["never"] | None = parameter(
         None, 'the first layer without visual tokens, from 0; None is half the depth, "never" changes nothing'

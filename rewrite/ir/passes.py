@@ -26,6 +26,9 @@ CHANGES_NOTHING = "changes nothing"
 # In the reason of a site that is left alone because what the pass reads is elsewhere: a call that the analysis saw whole came in parts.
 APART = "in this graph"
 
+# In the reason of a site that is left alone because of the kind of its KV cache.
+FIXED = "its KV cache has a fixed length (a static cache), of which a part is filled"
+
 # The order in which passes run, whatever order they are asked in: later families build on what earlier ones left.
 PHASES: tuple[frozenset[Family], ...] = (
     frozenset({"prune"}),
@@ -41,7 +44,8 @@ class Fits:
     causal: required value, or None for either. grid, visual, hidden: the site must have a 2-D grid, visual tokens among its keys, the
     hidden states of its layer's input. frames: a 3-D grid, of a video's frames, is fine too. followed: so are tokens behind the grid.
     cached: so are sites that read a KV cache. unusual: so are sites that are not softmax attention alone: mixed heads, sink logits, other
-    normalisers, changed weights (`Attend.unusual`); the pass must keep these parts.
+    normalisers, changed weights (`Attend.unusual`); the pass must keep these parts. fixed: so are sites whose KV cache has a fixed length;
+    the pass must take out tokens alone and leave what an attention computes as it is. A pass for cross-attention takes keys as they come.
     """
 
     kinds: frozenset[str] = frozenset({"self"})
@@ -53,11 +57,13 @@ class Fits:
     hidden: bool = False
     cached: bool = True
     unusual: bool = False
+    fixed: bool = False
 
     def reason_against(self, site: Site) -> str | None:
         """Why a site does not fit, in words, or None."""
         checks: tuple[tuple[bool, str], ...] = (
             (site.kind not in self.kinds, f"it is {site.kind}-attention, the pass is for {' or '.join(sorted(self.kinds))}-attention"),
+            (site.fixed and not self.fixed and "cross" not in self.kinds, FIXED),
             (self.causal is True and not is_causal(site), "it is not causal"),
             (self.causal is False and is_causal(site), "it is causal, and the method is defined for non-causal attention"),
             (self.grid and site.layout.grid is None, "its tokens lie on no grid that was found"),
@@ -199,4 +205,4 @@ def parameter(default: Any, help_: str) -> Any:
     return dataclasses.field(default=default, metadata={"help": help_})
 
 
-__all__ = ["APART", "PHASES", "AttentionInputs", "Family", "Fits", "Fitting", "Parameter", "Pass", "is_causal", "parameter"]
+__all__ = ["APART", "FIXED", "PHASES", "AttentionInputs", "Family", "Fits", "Fitting", "Parameter", "Pass", "is_causal", "parameter"]

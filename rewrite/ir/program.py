@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -95,6 +95,13 @@ class Program:
         padding = [one for one in self.selections if isinstance(one, Select) and one.count.mass is not None]
         return replace(self, sites=tuple(self._padded(site, padding) for site in self.sites))
 
+    def hiding(self, names: Collection[str]) -> Program:
+        """This program with the named sites hiding keys that are not present: earlier calls took them out of a KV cache of fixed length.
+
+        Done behind all passes, as `sized`; no pass changes such a site.
+        """
+        return replace(self, sites=tuple(_present_alone(site, site.attend) if site.name in names else site for site in self.sites))
+
     def _sized(self, site: Site, merges: list[Merge]) -> Site:
         attend = self._one_attention(site, merges, "the sizes of merged tokens; use one of them, or proportional=False")
         if attend is None:
@@ -104,10 +111,7 @@ class Program:
 
     def _padded(self, site: Site, padding: list[Select]) -> Site:
         attend = self._one_attention(site, padding, "rows that keep different numbers of tokens; use one of them, or no mass=")
-        if attend is None:
-            return site
-        padded = replace(site, operands=(*site.operands, PRESENT))
-        return padded.with_operations(replace(attend, mask=sympy.And(attend.mask, sympy.Ne(read(PRESENT, B, J), 0))))
+        return site if attend is None else _present_alone(site, attend)
 
     def _one_attention(self, site: Site, operations: Sequence[Select | Merge], wanted: str) -> Attend | None:
         """The attention of a site behind some of the operations, None where it is in front; it must be one softmax attention."""
@@ -130,3 +134,9 @@ class Program:
     def passes_of(self, site: Site) -> tuple[str, ...]:
         """The passes that rewrote a site, in order."""
         return tuple(by for name, by in self.touched if name == site.name)
+
+
+def _present_alone(site: Site, attend: Attend) -> Site:
+    """The site, whose one attention that is, hiding the keys that are not present."""
+    present = replace(site, operands=(*site.operands, PRESENT))
+    return present.with_operations(replace(attend, mask=sympy.And(attend.mask, sympy.Ne(read(PRESENT, B, J), 0))))

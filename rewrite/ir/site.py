@@ -75,6 +75,8 @@ class Site:
         and where the site has them "hidden" [B, N, C] (the layer's input), "input" [B, N, C] (what queries and keys were projected from:
         that, normalised, in a pre-norm layer) and "visual" [B, N] (which new tokens are visual).
     cached: keys of earlier calls are read from a KV cache.
+    fixed: keys go into a KV cache of fixed length, of which a part is filled; a site that is cached too reads all of it, so that its last
+        key is not that of its last query.
     dropout: attention dropout that was active when the site was traced.
     map_read: the attention map is read elsewhere in the model too.
     hides_later: a mask tensor was found to hide every later key (a causal mask that the model builds itself).
@@ -100,6 +102,7 @@ class Site:
     pictured: str | None = None
     chosen: str | None = None
     leaves: bool = False
+    fixed: bool = False
 
     @property
     def attend(self) -> Attend:

@@ -13,20 +13,23 @@ from typing import Any
 from torch import fx
 
 import codegen
-from rewrite.ir.errors import NotApplicableError
+from rewrite.ir.errors import ModelCallError, NotApplicableError
 from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Program
 from rewrite.ir.selection import LOG_SIZE, PRESENT, Select, first_layer
 from rewrite.ir.site import Site
 from rewrite.lower import functions
+from rewrite.lower.cache_outputs import entries_of, parts_of
 from rewrite.lower.lowering import lower_site, traced
 from rewrite.lower.mask_reading import Given, read_masks
 from rewrite.lower.recurrence import StateCaches
 from rewrite.lower.selections import Selections
 from rewrite.notes import Note
-from rewrite.recognise.operators import canonical
+from rewrite.recognise.fixed_caches import cache_writes
+from rewrite.recognise.operators import hinted_shape
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.tokens.chosen import Choice
+from rewrite.tokens.marks import unmarked
 from rewrite.tokens.placement import Selection
 from rewrite.tokens.surgery import push_selections
 from rewrite.tokens.visual import visual_mask_node
@@ -100,6 +103,8 @@ class ProgramLowering:
         self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter, allowed.data_sizes)
         self.chosen: dict[int, tuple[Choice, int | None]] = {}
         self.added_outputs: list[fx.Node | int] = []
+        self.lost: dict[int, str] = {}
+        self.marked: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._masks: dict[fx.Node, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
         self._read_sites: dict[str, tuple[Site, Given]] = {}
@@ -172,7 +177,7 @@ class ProgramLowering:
         if LOG_SIZE in _reads(site.body):
             given[LOG_SIZE] = self.selections.sizes.stand_in(entry)
         if PRESENT in _reads(site.body):
-            given[PRESENT] = self.selections.present.stand_in(entry)
+            given[PRESENT] = self._unmarked(entry) if entry.site.fixed else self.selections.present.stand_in(entry)
         for name, (node, axes) in self._read_sites[site.name][1].items():
             with self.graph.inserting_before(entry.region.output):
                 index = tuple(slice(None) if axis in axes else 0 for axis in "bhij")
@@ -181,11 +186,22 @@ class ProgramLowering:
         lowered = self.put(entry, site, given)
         self.selections.results[site.name] = lowered[site.body.result]
         if groups:
-            outputs = self._cache_outputs(entry.region.key.node)
+            outputs = entries_of(list(self.output.args[0]), entry.region.key.node)
             if outputs:
                 self._require_notes(site.name)
                 self.produced.append(Produced(groups[0].noted, outputs))
                 self.added_outputs.append(lowered[groups[0].result])
+
+    def _unmarked(self, entry: Found) -> fx.Node:
+        """[B, M] bool: in which places of a site's KV cache of fixed length there is no token that left."""
+        write = entry.writes[0]
+        if len(entry.writes) > 1 or hinted_shape(write.node)[2] != entry.region.sizes["Nk"]:
+            raise ModelCallError(
+                f"{entry.site.name} reads a part of a KV cache of fixed length that visual tokens left, which is not followed: use a cache "
+                "that grows with the tokens"
+            )
+        with self.graph.inserting_after(write.node):
+            return traced(self.graph.call_function(unmarked, (write.node,)))
 
     def _require_every_key(self, site: Site, grouping: Grouping) -> None:
         """Keys are sorted into groups by all tokens of a prompt, and what a KV cache notes of groups counts all of them."""
@@ -236,19 +252,6 @@ class ProgramLowering:
                     return self.graph.call_function(functions.padded_groups, (groups, length))
         return None
 
-    def _cache_outputs(self, node: fx.Node) -> tuple[int, ...]:
-        """Positions among the graph's outputs of the cache entry that a site's keys or values are read from."""
-        results = list(self.output.args[0])
-        chain = {node}
-        current = node
-        while canonical(current) in ("reshape", "expand", "getitem", "transpose", "permute", "contiguous", "unsqueeze", "cast"):
-            source = current.args[0]
-            if not isinstance(source, fx.Node):
-                break
-            current = source
-            chain.add(current)
-        return tuple(index for index, result in enumerate(results) if isinstance(result, fx.Node) and result in chain)
-
     def taken(self, kind: str, index: int) -> fx.Node:
         """What the note of the input `index` says."""
         return self._extra(Extra(kind, index=index))
@@ -288,17 +291,29 @@ class ProgramLowering:
         results = list(self.output.args[0])
         noted = {self.placeholders[index] for index, note in self.notes.items() if note.positions is not None}
         shortened = [*self.selections.shortened(), *(entry for entry in self.recognition.found if noted & set(entry.cache))]
+        going_on = next((entry.site for entry in shortened if entry.site.fixed and entry.site.cached), None)
+        if going_on is not None:
+            by = self.program.token_operations(going_on.stack)[0].by
+            raise ModelCallError(
+                f"{going_on.name}: {by} takes visual tokens out of a call that goes on from a KV cache of fixed length (a static cache), "
+                "or reads it in a way that is not followed: give the pictures in the first call, or use a cache that grows with the tokens"
+            )
         for entry in shortened:
             for operand in (entry.region.key, entry.region.value):
-                short |= {results[index] for index in self._cache_outputs(operand.node)}
+                short |= {results[index] for index in entries_of(results, operand.node)}
+                self.lost.update(dict.fromkeys(parts_of(results, operand.node), entry.site.name))
         self.selections.run()
         seeds = {**self.selections.seeds, **self._short_caches()}
         if not seeds:
             return
-        if short:
+        writes = cache_writes(self.graph)
+        if short or self.lost or any(entry.writes for entry in shortened):
             asked = self.program.token_operations()
             self._require_notes(asked[0].by if asked else "token_exit")
-        pushed = push_selections(self.graph, seeds, frozenset(short), self.selections.streams)
+        pushed = push_selections(self.graph, seeds, frozenset(short), self.selections.streams, frozenset(write.node for write in writes))
+        caches = {node for write in writes if write.node in pushed.marked for node in (write.cache, write.node)}
+        outputs, inputs = (tuple(index for index, node in enumerate(nodes) if node in caches) for nodes in (results, self.placeholders))
+        self.marked = outputs, inputs
         self.shapes = {node: self._kept_sizes(axes) for node, axes in pushed.axes.items()}
         by_selection: dict[tuple[Any, Any], list[int]] = {}
         for node, selection in pushed.short.items():

@@ -7,6 +7,7 @@ the graph each write is, as far as can be shown to be safe, replaced by the oper
     x[:, :, 0:] = value     value.clone(), likewise, where the index covers all of x
     x[:, :, 1:] = value     assigned(x, (:, :, 1:), value), likewise
     x[:, 0:, :]             x itself
+    cache.index_copy_(...)  as it is, and later readers of a cache of fixed length read this operator
 
 What is left writes on: later readers of x read the operator that wrote (the same object), and `writes.overwritten` says of a region
 whether a write comes between what it was read from and what it would be replaced by.
@@ -22,8 +23,10 @@ import torch
 from torch import fx
 
 from rewrite.recognise.assignment import assigned
+from rewrite.recognise.fixed_caches import cache_write
 from rewrite.recognise.operators import value_of
-from rewrite.recognise.writes import IN_PLACE_OPERATORS, Storage, storages_of, written_by
+from rewrite.recognise.writes import IN_PLACE_OPERATORS, written_by
+from rewrite.tokens.placement import Storage, storages_of
 
 # Tensor methods that write their result into their first operand, each with a namesake (less the underscore) that makes a new tensor.
 _METHODS = frozenset(
@@ -79,6 +82,9 @@ class _Memory:
 
 def _in_place(node: fx.Node, memory: _Memory) -> None:
     """x.mul_(y): later readers of x read this node, which becomes x.mul(y) where that is the same."""
+    written = cache_write(node)
+    if written is not None:
+        _rename(written.cache, node, node)
     functional = _functional(node)
     if functional is None:
         return

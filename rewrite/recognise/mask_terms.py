@@ -18,7 +18,8 @@ from torch import fx
 
 from rewrite.ir.expression import I, J, tensor
 from rewrite.recognise.operators import canonical, shape_of, value_of
-from rewrite.recognise.writes import remaining_writes, storages_of
+from rewrite.recognise.writes import remaining_writes
+from rewrite.tokens.placement import storages_of
 
 # A mask is joined of a few terms; more operators than this are something else.
 _LONGEST = 64

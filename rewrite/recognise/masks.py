@@ -15,6 +15,7 @@ from rewrite.recognise.call_sizes import CallSizes
 from rewrite.recognise.operators import canonical, hint, shape_of, value_of
 from rewrite.recognise.region import Region
 from rewrite.recognise.writes import written_by
+from rewrite.tokens.placement import storages_of
 
 # A mask is made of positions, comparisons and lookups; a subgraph with one of these computes with activations and is no mask.
 _COMPUTES = frozenset({"linear", "conv", "matmul", "einsum", "baddbmm", "softmax", "attention", "layer_norm"})
@@ -60,8 +61,8 @@ def hides_later(region: Region, inputs: Mapping[fx.Node, Any]) -> bool:
     return bool(visible.any()) and not bool((visible & later).any())
 
 
-def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | None:
-    """The tensor a node held for the given graph inputs, or None where it is computed from activations."""
+def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any], call: CallSizes | None = None) -> torch.Tensor | None:
+    """The tensor a node held for the given graph inputs, or None where it is computed from activations; call: of the same inputs."""
     needed: list[fx.Node] = []
     stack, seen = [node], {node}
     while stack:
@@ -75,15 +76,23 @@ def evaluate(node: fx.Node, inputs: Mapping[fx.Node, Any]) -> torch.Tensor | Non
             if source not in seen:
                 seen.add(source)
                 stack.append(source)
-    if any(current in written_by(user) for current in needed for user in current.users if user not in seen):
+    if any(_writes_beside(user, current, node) for current in needed for user in current.users if user not in seen):
         return None  # what was written into a tensor beside is not among its operands
+    given = {storage for current in needed if current.op == "placeholder" for storage in storages_of(current)}
+    if any(given & storages_of(target) for current in needed for target in written_by(current)):
+        return None  # evaluated, it would be written into the call's own tensors
     values: dict[fx.Node, Any] = {}
-    call = CallSizes(inputs)
+    call = CallSizes(inputs) if call is None else call
     with torch.no_grad():
         for current in sorted([*needed, *_vmap_levels(node)]):
             values[current] = _value(current, values, inputs, call)
     result = values[node]
     return result if isinstance(result, torch.Tensor) else None
+
+
+def _writes_beside(user: fx.Node, current: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` writes into `current` so that it is seen in `node`: in front of it, or into its own memory."""
+    return any(target is current and (user < node or storages_of(target) & storages_of(node)) for target in written_by(user))
 
 
 def _vmap_levels(node: fx.Node) -> list[fx.Node]:

@@ -15,7 +15,8 @@ import torch
 from torch import fx
 
 from rewrite.recognise.operators import argument, canonical, value_of
-from rewrite.recognise.writes import remaining_writes, storages_of
+from rewrite.recognise.writes import remaining_writes
+from rewrite.tokens.placement import storages_of
 
 
 class Bounds(NamedTuple):

@@ -13,6 +13,7 @@ from rewrite.ir.operations import Body
 from rewrite.ir.program import Program
 from rewrite.ir.site import Site, TokenLayout
 from rewrite.recognise.composites import expand_composites
+from rewrite.recognise.fixed_caches import CacheWrite, own_writes
 from rewrite.recognise.functional import forwarded_writes
 from rewrite.recognise.masks import hides_later
 from rewrite.recognise.open_masks import drop_open_masks
@@ -35,7 +36,8 @@ class Found:
 
     patches: [pictures, P, C], where a site is the last that the visual tokens of a text went through in a vision tower: those tokens, or
     what becomes of them in a later graph. results: where that is so, which of the graph's outputs have which picture; None for all.
-    given: of a text, the inputs that hold the patches, where a pass chose among these in an earlier graph.
+    given: of a text, the inputs that hold the patches, where a pass chose among these in an earlier graph. writes: of its keys into a KV
+    cache of fixed length.
     """
 
     site: Site
@@ -47,6 +49,7 @@ class Found:
     patches: fx.Node | None = None
     results: tuple[tuple[int, int | None], ...] = ()
     given: tuple[fx.Node, ...] = ()
+    writes: tuple[CacheWrite, ...] = ()
 
 
 @dataclass
@@ -188,6 +191,8 @@ def _place(
     stream = residual_stream(source) if source is not None and len(hinted_shape(source)) == 3 else None
     stack, layer, merge = stacks.place(stream, merges)
     cache = tuple(cache_entries(region.key.node) + cache_entries(region.value.node))
+    writes, reads_fixed = own_writes(region.key.node)
+    cache += tuple(write.cache for write in writes if reads_fixed and write.cache.op == "placeholder")
     visual = merge is not None or any(has_visual_cache(entry) for entry in cache)
     dims = dict(region.sizes)
     operands = list(region.operands())
@@ -212,12 +217,13 @@ def _place(
         dims=dims,
         layout=_site_layout(lies, keys_lie, visual),
         operands=tuple(operands),
-        cached=bool(cache),
+        cached=bool(cache) or reads_fixed,
+        fixed=bool(writes),
         dropout=region.dropout,
         map_read=bool(region.map_readers),
         hides_later=hides_later(region, inputs),
     )
-    return Found(site, region, stream, projected, merge, cache)
+    return Found(site, region, stream, projected, merge, cache, writes=tuple(writes))
 
 
 def _site_layout(lies: tokens.TokenLayout | None, keys_lie: tokens.TokenLayout | None, visual: bool) -> TokenLayout:

@@ -12,7 +12,7 @@ from rewrite.recognise.operators import argument, canonical, hinted_shape, value
 from rewrite.recognise.region import Region
 
 # Projections from channels to channels; the walk back from queries and keys ends at their input.
-_PROJECTIONS = frozenset({"linear", "conv", "addmm"})
+PROJECTIONS = frozenset({"linear", "conv", "addmm"})
 # Per-token normalisation and what does not change the tokens: the walk from a projection to the residual stream goes through these.
 _NORMALISATION = frozenset({"layer_norm", "rms_norm", "cast", "dropout", "contiguous", "clone"})
 
@@ -79,7 +79,7 @@ def cache_entries(node: fx.Node) -> list[fx.Node]:
     stack, seen = [node], {node}
     while stack:
         current = stack.pop()
-        if canonical(current) in _PROJECTIONS:
+        if canonical(current) in PROJECTIONS:
             continue
         if canonical(current) == "cat":
             parts = argument(current, "tensors", current.args[0] if current.args else ())

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.region import Region
 from rewrite.recognise.regions import interior
+from rewrite.tokens.placement import Storage, storages_of
 
 # Python's in-place operators and the ones that make a new object.
 IN_PLACE_OPERATORS: Mapping[Callable[..., Any], Callable[..., Any]] = {
@@ -33,8 +34,6 @@ _WRITING_OPERATORS = frozenset(
 )
 # Python's own operators whose names end in an underscore because they would be keywords.
 _KEYWORDS = frozenset({operator.and_, operator.or_, operator.not_, operator.is_})
-
-Storage = int
 
 
 def written_by(node: fx.Node) -> list[fx.Node]:
@@ -92,18 +91,6 @@ def overwritten(region: Region, remaining: Sequence[Write]) -> str | None:
             if node not in operands and any(write.node < reader for reader in readers):
                 return f"{write.node.name} writes into {node.name}, a part of it, before it is used"
     return None
-
-
-def storages_of(node: fx.Node) -> frozenset[Storage]:
-    """The memory a node's value lies in; none for tensors that have no storage of their own (those inside a vmap)."""
-    found: set[Storage] = set()
-    for value in tree_leaves(value_of(node)):
-        if isinstance(value, torch.Tensor):
-            try:
-                found.add(value.untyped_storage()._cdata)
-            except (NotImplementedError, RuntimeError):
-                continue
-    return frozenset(found)
 
 
 def _asked_in_place(node: fx.Node) -> bool:

@@ -95,7 +95,8 @@ def _getitem(node: fx.Node) -> Flow | None:
         if entry is None:
             output.append(("new", i))
         elif isinstance(entry, slice):
-            if _is_full(entry, shape[axis]):
+            unchanged = not tensors and entry.step in (None, 1) and shape_of(node)[len(output)] == shape[axis]
+            if unchanged or _is_full(entry, shape[axis]):
                 output.append(axis)
             else:
                 output.append(("cut", axis))

@@ -16,7 +16,8 @@ from rewrite.tokens.edits import combine, full_size, insert_call, insert_gather_
 from rewrite.tokens.flow import Flow, Group, Label, Operand
 from rewrite.tokens.frozen import Frozen
 from rewrite.tokens.gather import flatten_positions, join_positions, places_of_present, positions_between, present_between
-from rewrite.tokens.placement import Placement, Selection, is_tensor, module_path, shape_of
+from rewrite.tokens.marks import with_marks
+from rewrite.tokens.placement import Placement, Selection, example, is_tensor, module_path, shape_of, storages_of
 
 
 def refuse(node: fx.Node, reason: str, advice: str) -> NoReturn:
@@ -44,10 +45,14 @@ class Operands:
         self.inner: dict[tuple[fx.Node, int, int], Selection] = {}
         self.ahead: dict[fx.Node, tuple[Selection, int]] = {}  # by positions of such a one: the whole selection, and the start
 
-    def forget(self) -> None:
-        """A tensor was written to: what was gathered from it, or restored, is another tensor now."""
-        self.gathered.clear()
-        self.restored.clear()
+    def forget(self, node: fx.Node) -> None:
+        """A tensor was written to, the first operand of `node`: what was gathered from it, or restored, is another tensor now."""
+        memory = frozenset[int]().union(*(storages_of(one) for one in node.args[:1] if isinstance(one, fx.Node)))
+        gone = [key for key in self.gathered if any(isinstance(part, fx.Node) and storages_of(part) & memory for part in key)]
+        for key in gone:
+            del self.gathered[key]
+        for value in [value for value in self.restored if storages_of(value) & memory]:
+            del self.restored[value]
         self.frozen.forget()
 
     def placed(self, operand: Operand) -> tuple[Placement, dict[Label, Selection], set[Label], Label | None]:
@@ -230,6 +235,21 @@ class Operands:
         if self.frozen.made.get(value) is full:
             self.readers.add(node)
         node.replace_input_with(value, full)
+
+    def mark(self, node: fx.Node, place: int) -> None:
+        """Put the tokens of an argument [B, H, K, D] into a tensor of the full length, with marks in the places of those that left."""
+        value = node.args[place]
+        assert isinstance(value, fx.Node)
+        placement = self.placements.get(value)
+        selection = placement.axes.get(2) if placement is not None else None
+        alone = not any(source in self.placements for source in node.all_input_nodes if source is not value)
+        as_traced = placement is not None and not placement.restored and placement.batch in (0, None) and placement.rows == 1
+        if selection is None or not alone or not as_traced:
+            refuse(node, "it writes selected tokens into a KV cache in a way that is not known", "use a cache that grows with the tokens")
+        if selection.made or selection.present is not None:
+            refuse(node, "a KV cache has no place for tokens that were made of several", "use a cache that grows with the tokens")
+        full = insert_call(node, with_marks, (value, selection.positions, selection.length), traced=example(value))
+        set_argument(node, ("args", place), full)
 
     def _with_zeros(self, node: fx.Node, value: fx.Node, place: Placement) -> fx.Node:
         """Every token, at the insertion point: zeros where some were dropped, copies where they were merged."""

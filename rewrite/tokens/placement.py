@@ -13,6 +13,9 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch.utils._pytree import tree_leaves
+
+Storage = int
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,18 @@ def extents(node: fx.Node) -> tuple[int, ...]:
 def sizes_of(tensor: torch.Tensor) -> tuple[int, ...]:
     """A traced shape in numbers; a size that depends on data is one."""
     return tuple(size if isinstance(size, int) else int(size.node.hint or 1) for size in tensor.shape)
+
+
+def storages_of(node: fx.Node) -> frozenset[Storage]:
+    """The memory a node's value lies in; none for tensors that have no storage of their own (those inside a vmap)."""
+    found: set[Storage] = set()
+    for value in tree_leaves(node.meta.get("example_value", node.meta.get("val"))):
+        if isinstance(value, torch.Tensor):
+            try:
+                found.add(value.untyped_storage()._cdata)
+            except (NotImplementedError, RuntimeError):
+                continue
+    return frozenset(found)
 
 
 def module_path(node: fx.Node) -> str:

@@ -34,10 +34,14 @@ from rewrite.tokens.routed import Routed, routed_regions
 
 @dataclass(frozen=True)
 class Pushed:
-    """Where selections went: `axes` of every node whose tensor is shorter than traced, and the graph outputs that stayed `short`."""
+    """Where selections went: `axes` of every node whose tensor is shorter than traced, and the graph outputs that stayed `short`.
+
+    marked: the writes into caches of fixed length that put marks in the places of tokens that left.
+    """
 
     axes: Mapping[fx.Node, Mapping[int, Selection]]
     short: Mapping[fx.Node, Selection]
+    marked: frozenset[fx.Node]
 
 
 def push_selections(
@@ -45,6 +49,7 @@ def push_selections(
     seeds: Mapping[fx.Node, Mapping[int, Selection]],
     short_outputs: frozenset[fx.Node],
     streams: frozenset[fx.Node] = frozenset(),
+    cache_writes: frozenset[fx.Node] = frozenset(),
 ) -> Pushed:
     """Carry the selections of `seeds` through `graph`, in place.
 
@@ -54,7 +59,8 @@ def push_selections(
     was traced with, so the shapes in the graph go on meaning full lengths; so do all numbers in it.
 
     Outputs are restored to their full length, except those in `short_outputs`. What is made token by token of one of `streams` (the
-    residual stream behind selections that say their `source`) is restored with the dropped tokens as they left, all else with zeros.
+    residual stream behind selections that say their `source`) is restored with the dropped tokens as they left, all else with zeros. What
+    `cache_writes` write is restored with marks: nothing in the graph may read it behind them.
 
     Zeros stand also where a loss reads restored logits: the labels at dropped positions must be ignored (-100), and with labels
     shifted by one so must the label that the last dropped token of a run predicts.
@@ -66,7 +72,7 @@ def push_selections(
         NotApplicableError: an operator computes over a selected or restored axis, has no rule, or meets two different selections; the
             message names node, operator, module and remedy. The graph is then half rewritten: push into a copy.
     """
-    return _Surgery(graph, seeds, short_outputs, streams).run()
+    return _Surgery(graph, seeds, short_outputs, streams, cache_writes).run()
 
 
 def insert_gather(graph: fx.Graph, value: fx.Node, axis: int, selection: Selection, after: fx.Node | None = None) -> fx.Node:
@@ -95,11 +101,14 @@ class _Surgery:
         seeds: Mapping[fx.Node, Mapping[int, Selection]],
         short_outputs: frozenset[fx.Node],
         streams: frozenset[fx.Node],
+        cache_writes: frozenset[fx.Node],
     ) -> None:
         self.graph = graph
         self.seeds = seeds
         self.short_outputs = short_outputs
         self.streams = streams
+        self.cache_writes = cache_writes
+        self.marked: set[fx.Node] = set()
         self.live = _read(graph)
         self.operands = Operands(streams)
         self.placements = self.operands.placements
@@ -119,10 +128,10 @@ class _Surgery:
             elif any(source in self.placements for source in node.all_input_nodes):
                 with self.graph.inserting_before(node):
                     self.visit(node)
-            if rules.in_place(node) or rules.name_of(node) == "setitem":
-                self.operands.forget()
+            if (rules.in_place(node) or rules.name_of(node) == "setitem") and node not in self.cache_writes:
+                self.operands.forget(node)
         self.stay_behind()
-        return Pushed({node: place.axes for node, place in self.placements.items() if place.axes}, short)
+        return Pushed({node: place.axes for node, place in self.placements.items() if place.axes}, short, frozenset(self.marked))
 
     def seed(self, node: fx.Node) -> Placement:
         if first_tensor(node) is None:
@@ -147,6 +156,10 @@ class _Surgery:
             if self.placements.get(node.all_input_nodes[0], Placement()).axes and node.users:
                 dim = rules.argument(node, 1, "dim") if name in {"size", "sym_size"} else None
                 answer_size_query(node, name, dim, self.placements)
+            return
+        if node in self.cache_writes:
+            self.operands.mark(node, 3)
+            self.marked.add(node)
             return
         if name in rules.LOSSES:
             for operand in node.all_input_nodes:

@@ -143,7 +143,8 @@ def visual_masked_from(model: nn.Module, layer: int, visual: torch.Tensor) -> It
         new = hidden.shape[1]
         # The layer's own cache is updated later in its forward: what it holds now are the earlier tokens.
         past = cache.layers[module.self_attn.layer_idx].get_seq_length() if cache is not None else 0
-        keys = new + past
+        # A cache of fixed length has a mask for all its places.
+        keys = new + past if mask is None else mask.shape[-1]
         gone = functional.pad(visual, (0, max(0, keys - visual.shape[1])))[:, None, None, :keys]
         if mask is None:
             causal = torch.ones(new, keys, dtype=torch.bool).tril(keys - new)[None, None]

@@ -10,7 +10,7 @@ import torch
 
 from rewrite import ModelCallError
 from tests.models.architectures import IMAGE_TOKEN, llava, llava_inputs, rewritten
-from tests.models.oracles import Survivors, attention_replaced_by, best
+from tests.models.oracles import Survivors, attention_replaced_by, best, visual_masked_from
 from tests.models.test_llava import GREEDY, visual_of
 from tests.models.test_selection import TEXT, spread_keeps
 
@@ -64,8 +64,43 @@ def test_a_vision_tower_that_runs_ahead_and_beams_over_two_pictures_a_row() -> N
         changed(input_ids=ids, attention_mask=mask, mm_encoder_outputs={"image": features})
 
 
-def test_a_static_cache_is_refused() -> None:
-    inputs = llava_inputs()
-    changed = rewritten(llava("sdpa"), ["fastv"], inputs)
-    with pytest.raises(ModelCallError, match=r"layers.3.self_attn runs without fastv.*use one that grows"):
-        changed.generate(**inputs, **GREEDY, cache_implementation="static")
+def sliding(window: int) -> Any:
+    """A LLaVA whose language model's layers see `window` tokens, and whose cache keeps no more."""
+    import transformers
+
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    text = {
+        "model_type": "mistral", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 200, "sliding_window": window, "initializer_range": 0.15,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    config = transformers.LlavaConfig(
+        text_config=text, vision_config={"model_type": "clip_vision_model", **vision}, image_token_id=IMAGE_TOKEN, image_seq_length=16
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_layers_that_slide(kind: str) -> None:
+    """Their cache keeps the last tokens alone. As long as these are all, nothing is lost; else no later call can go on."""
+    inputs, options = llava_inputs(), {**GREEDY, "cache_implementation": kind}
+    model = sliding(window=64)
+    changed = rewritten(model, ["token_exit(layer=1)"], inputs)
+    with visual_masked_from(model, 1, visual_of(inputs)):
+        expected = model.generate(**inputs, **GREEDY)
+    assert torch.equal(changed.generate(**inputs, **options), expected)
+    assert not torch.equal(model.generate(**inputs, **GREEDY), expected)
+    shorter = rewritten(sliding(window=12), ["token_exit(layer=1)"], inputs)
+    told = (
+        r"layers.1.self_attn: its KV cache keeps the last" if kind == "dynamic" else r"layers.1.self_attn.* in a way that is not followed"
+    )
+    with pytest.raises(ModelCallError, match=told):
+        shorter.generate(**inputs, **options)
