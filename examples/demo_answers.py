@@ -62,7 +62,8 @@ def answers(console: Console, out: Path) -> None:
     inputs = prompts(model.config, tokenizer, [question.text for question in asked], [image] * ASKED)
     said = {"before": say(model, tokenizer, inputs)}
     grid, panels = int(model.config.image_seq_length**0.5), []
-    console.rule("A trained model (2.9 M parameters) answers questions about a picture")
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    console.rule(f"A trained model of {millions:.1f} million parameters answers questions about a picture")
     for text in PASSES:
         with console.status(text), warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowerWarning)  # what it costs is told of the models below

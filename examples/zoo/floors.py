@@ -22,7 +22,7 @@ class RandomTokens(PrunesStacks):
     name, family = "random_tokens", "prune"
     paper = "none: the floor that other methods are measured against"
     formula = "h_l = h_l[text and S], S drawn evenly, other ones in each row"
-    fits = Fits(kinds=frozenset({"self"}), visual=True, unusual=True)
+    fits = Fits(kinds=frozenset({"self"}), visual=True, fixed=True, unusual=True)
 
     keep: float = parameter(0.25, "share of the visual tokens that stay; 1.0 changes nothing")
     layer: int = parameter(0, "the first layer without the others, from 0")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def existence(folder: Path, samples: int) -> Task:
 
 
 def _asked(folder: Path, samples: int, group: Any, topic: str = "") -> Task:
-    """Questions in batches of one length, for prompts without padding."""
+    """Questions in batches of one shape, shorter ones padded on the left: with other shapes a model is captured anew."""
     let_transformers_import()
     from transformers import AutoModelForImageTextToText, AutoTokenizer
 
@@ -102,23 +101,21 @@ def _asked(folder: Path, samples: int, group: Any, topic: str = "") -> Task:
         some = [question for question in questions(shown, 16) if question.topic.startswith(topic)]
         asked += [(shown, question) for question in dict.fromkeys(some)][:ASKED]
         number += 1
-    by_length = defaultdict[int, list[tuple[Scene, Question]]](list)
-    for one in asked[:samples]:
-        by_length[len(one[1].text.split())].append(one)
+    longest = max(len(question.text.split()) for _, question in asked[:samples])
     batches = []
-    for _, of_length in sorted(by_length.items()):
-        for first in range(0, len(of_length), BATCH):
-            some = of_length[first : first + BATCH]
-            texts, images = [question.text for _, question in some], [render(shown).image for shown, _ in some]
-            inputs = prompts(model.config, tokenizer, texts, images)
-            answers = tokenizer.convert_tokens_to_ids([question.answer for _, question in some])
-            batches.append(Batch(inputs, torch.tensor(answers), tuple(group(question) for _, question in some)))
+    for first in range(0, samples, BATCH):
+        some = asked[first : min(samples, first + BATCH)]
+        texts, images = [question.text for _, question in some], [render(shown).image for shown, _ in some]
+        inputs = prompts(model.config, tokenizer, texts, images, longest)
+        answers = tokenizer.convert_tokens_to_ids([question.answer for _, question in some])
+        batches.append(Batch(inputs, torch.tensor(answers), tuple(group(question) for _, question in some)))
     return Task(model, batches, lambda output: output.logits[:, -1])
 
 
-def prompts(config: Any, tokenizer: Any, texts: list[str], images: list[np.ndarray]) -> dict[str, torch.Tensor]:
+def prompts(config: Any, tokenizer: Any, texts: list[str], images: list[np.ndarray], words: int | None = None) -> dict[str, torch.Tensor]:
     """What the model is given for a question about each picture [H, W, 3]: the picture, and the question behind it; shorter ones are padded
-    on the left."""
+    on the left, to the longest, or to so many words."""
     image = tokenizer.convert_ids_to_tokens(config.image_token_id) * config.image_seq_length
-    words = tokenizer([f"{image} {text}" for text in texts], padding=True, return_tensors="pt", return_token_type_ids=False)
-    return {**words, "pixel_values": pixel_values(images)}
+    padding = {"padding": True} if words is None else {"padding": "max_length", "max_length": 1 + config.image_seq_length + words}
+    told = tokenizer([f"{image} {text}" for text in texts], **padding, return_tensors="pt", return_token_type_ids=False)
+    return {**told, "pixel_values": pixel_values(images)}

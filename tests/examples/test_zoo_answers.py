@@ -30,6 +30,8 @@ RIGHT = {
     },
     ("segmentation", "segmentation"): {"": 94.91, "merge(r=16)": 94.91, "neighborhood(window=7)": 94.46},
     ("events", "video"): {"": 100, "merge(r=16)": 96, "evit(keep=0.6, layers=(0, 2))": 88},
+    ("answering", "llava"): {"": 88, "cls_prune(keep=0.25)": 71, "fastv(layer=2, drop=0.75)": 74},
+    ("existence", "llava"): {"": 96, "head_reinforce(factor=2.0)": 95},
 }
 
 
