@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,28 @@ def write_attention(file: Path) -> None:
         if (WEIGHTS / name).is_dir():
             of = task(WEIGHTS / name, SAMPLES)
             of.model.set_attn_implementation("eager")  # the only one that says what its weights are
-            maps = [of.model(**batch.inputs, output_attentions=True) for batch in of.batches]
-            found[name] = {"tower" if name != "llava" else "language model": _layers([one.attentions for one in maps])}
+            maps = [
+                part
+                for batch in of.batches
+                for part in _without_padding(
+                    of.model(**batch.inputs, output_attentions=True).attentions, batch.inputs.get("attention_mask")
+                )
+            ]
+            found[name] = {"tower" if name != "llava" else "language model": _layers(maps)}
             if name == "llava":
-                visual = of.model.config.image_seq_length
-                found[name]["last word"] = _looks([one.attentions for one in maps], visual)
+                found[name]["last word"] = _looks(maps, of.model.config.image_seq_length)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _without_padding(layers: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The maps [B, H, N, N] of a batch without the padding on the left of its rows: those with equally much of it together."""
+    if mask is None:
+        yield layers
+        return
+    padding = (mask == 0).sum(1)
+    for count in padding.unique().tolist():
+        yield tuple(one[padding == count][:, :, count:, count:] for one in layers)
 
 
 def _layers(maps: list[tuple[torch.Tensor, ...]]) -> list[dict[str, Any]]:

@@ -129,13 +129,15 @@ def _told(row: Row) -> str:
 
 def _cls_against_text() -> str:
     """FasterVLM's claim."""
-    rows, lines = rows_of("answering"), []
+    rows, lines, worse = rows_of("answering"), [], False
     for keep, drop in ((0.25, 0.75), (0.1, 0.9), (0.05, 0.95)):
         cls, text = _at(rows, "cls_prune", keep), _at(rows, "fastv", drop)
         if cls and text:
+            worse |= compared(cls, text) == WORSE
             lines.append(f"at {keep:.0%} of the tokens {_told(cls)} is {compared(cls, text)} {_told(text)}")
     claim = "**Pruning by CLS against pruning by the text's attention** (FasterVLM: CLS is better at high ratios; FastV from layer 2): "
-    return claim + "; ".join(lines) + "." if lines else ""
+    why = " Not so here: this tower's CLS was trained to name the largest thing, and looks at little else." if worse else ""
+    return claim + "; ".join(lines) + "." + why if lines else ""
 
 
 def _sinks_and_existence() -> str:
@@ -146,7 +148,8 @@ def _sinks_and_existence() -> str:
         return ""
     lines = [f"p={row['value']}: {_told(row)}, {compared(row, rows[0])}" for row in of_pass]
     claim = f"**Sink redistribution and existence** (VAR: accuracy on POPE does not fall; here without it {_told(rows[0])}): "
-    return claim + "; ".join(lines) + " the original."
+    same = " No answer changed: there are no sinks to take from." if all(row["agreement"] == 1.0 for row in of_pass) else ""
+    return claim + "; ".join(lines) + " the original." + same
 
 
 def _after_fading() -> str:
