@@ -22,7 +22,7 @@ from torch import nn
 
 from rewrite import cached_tokens, kernels, rewrite
 
-from .demo_answers import answers
+from .demo_answers import PASSES, answers
 from .demo_models import FULL, SMALL, deit, llava, pixels, prompt
 from .demo_pictures import draw_costs, draw_patches, draw_token_exit
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console(width=max(WIDTH, Console().width))
     chosen.out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    answers(console, chosen.out)
+    answers(console, chosen.out, PASSES[:1] if chosen.small else PASSES)
     console.print("Two models at real sizes with random weights, for what changes and what it costs:", style="bold")
 
     photo = transform.resize(data.astronaut(), (768, 768), anti_aliasing=True).astype(np.float32)

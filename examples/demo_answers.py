@@ -7,6 +7,7 @@ examples/zoo/weights/llava.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def picture() -> np.ndarray:
     return (np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
-def answers(console: Console, out: Path) -> None:
+def answers(console: Console, out: Path, passes: Sequence[str] = PASSES) -> None:
     """Ask, print a table of the answers of each model, and draw which patches each still sees."""
     let_transformers_import()
     from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -64,7 +65,7 @@ def answers(console: Console, out: Path) -> None:
     grid, panels = int(model.config.image_seq_length**0.5), []
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     console.rule(f"A trained model of {millions:.1f} million parameters answers questions about a picture")
-    for text in PASSES:
+    for text in passes:
         with console.status(text), warnings.catch_warnings():
             warnings.simplefilter("ignore", SlowerWarning)  # what it costs is told of the models below
             rewritten = rewrite(model, [text], example_inputs=inputs)

@@ -290,7 +290,7 @@ class ProgramLowering:
         short: set[fx.Node] = set()
         results = list(self.output.args[0])
         noted = {self.placeholders[index] for index, note in self.notes.items() if note.positions is not None}
-        shortened = [*self.selections.shortened(), *(entry for entry in self.recognition.found if noted & set(entry.cache))]
+        shortened = [*self.selections.stacks.shortened(), *(entry for entry in self.recognition.found if noted & set(entry.cache))]
         going_on = next((entry.site for entry in shortened if entry.site.fixed and entry.site.cached), None)
         if going_on is not None:
             by = self.program.token_operations(going_on.stack)[0].by

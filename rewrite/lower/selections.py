@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import fx
 
@@ -18,10 +18,11 @@ from rewrite.ir.program import Program
 from rewrite.ir.selection import ROUTER, Drawn, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.fusing import attention_of, fuse_tokens
+from rewrite.lower.left import Left
 from rewrite.lower.merging import Merged, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
-from rewrite.lower.residual import behind_attention, behind_layer
 from rewrite.lower.scores import Scores, rule_of
+from rewrite.lower.stacks import Stacks, of_patches
 from rewrite.lower.stand_ins import StandIns
 from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
@@ -29,25 +30,6 @@ from rewrite.tokens import choose, merging
 from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.gather import gather_tokens, kept_positions, places_of_present
 from rewrite.tokens.placement import Selection
-
-
-@dataclass(frozen=True)
-class Left:
-    """What is left of the tokens of a stack at one place of it.
-
-    positions: of the tokens that are left, None where all are. length: how many there were; kept, visual: how many tokens, visual ones
-    among them, are left; every: how many visual ones there were. hints: kept, visual and every at the traced shapes. present: which of
-    them are no padding, where rows keep different numbers.
-    """
-
-    positions: fx.Node | None
-    length: Number
-    kept: Number
-    visual: Number
-    every: Number
-    hints: tuple[int, int, int]
-    fused: bool = False
-    present: fx.Node | None = None
 
 
 class Selections:
@@ -68,6 +50,7 @@ class Selections:
         data_sizes: bool,
     ) -> None:
         self.graph, self.recognition, self.program = graph, recognition, program
+        self.stacks = Stacks(recognition, program)
         self.visual, self.parameter, self.data_sizes = visual, parameter, data_sizes
         self.seeds: dict[fx.Node, dict[int, Selection]] = {}
         self.kept: dict[fx.Node, int] = {}
@@ -79,21 +62,21 @@ class Selections:
         self.present = StandIns(graph, choose.every_token_present)
         self.scores = Scores(graph, recognition, program, self.present)
         self._cut: dict[fx.Node, fx.Node] = {}
-        asked = [one for stack in self._stacks() for one in self._operations(stack)]
-        self._places = {one: self._place(one) for one in asked}
-        self.streams = frozenset(node for stack in self._stacks() for node in self._streams_behind(stack))
+        asked = [one for stack in self.stacks.numbers() for one in self.stacks.operations(stack)]
+        self._places = {one: self.stacks.place(one) for one in asked}
+        self.streams = frozenset(node for stack in self.stacks.numbers() for node in self.stacks.streams_behind(stack))
         asked += program.choices
         towers = ((one, recognition.by_name(one.contextual.site)) for one in asked if isinstance(one, Select) and one.contextual)
         self._tower_outputs = {one: tower_output(read, one.by) for one, read in towers}
 
     def run(self) -> None:
         """Cut every stack where tokens leave it."""
-        for stack in self._stacks():
-            if any(isinstance(one, Merge) for one in self._operations(stack)):
+        for stack in self.stacks.numbers():
+            if any(isinstance(one, Merge) for one in self.stacks.operations(stack)):
                 self._merge(stack)
                 continue
             left: Left | None = None
-            for one in self._operations(stack):
+            for one in self.stacks.operations(stack):
                 assert not isinstance(one, Merge)
                 entry, stream = self._places[one]
                 left = self._leave(one, entry, stream, left or self._all(entry, stream, one))
@@ -106,63 +89,9 @@ class Selections:
         """What the sites behind an operation see."""
         # In the layer in front of which tokens are fused, queries and keys are still those of all.
         first = one.layer + 1 if isinstance(one, Merge) else first_layer(one)
-        behind = [found.site.name for found in self._entries(one.stack) if found.site.layer >= first]
+        behind = [found.site.name for found in self.stacks.entries(one.stack) if found.site.layer >= first]
         self.gone.update(dict.fromkeys(behind, gone))
         self.seen.update(dict.fromkeys(behind, left))
-
-    def shortened(self) -> Iterable[Found]:
-        """The sites that some tokens left in front of."""
-        for stack in self._stacks():
-            first = min(map(first_layer, self._operations(stack)))
-            yield from (entry for entry in self._entries(stack) if entry.site.layer >= first)
-
-    def _stacks(self) -> list[int]:
-        named = {one.stack for one in self.program.token_operations()}
-        return sorted(stack for stack in named if self._operations(stack))
-
-    def _operations(self, stack: int) -> list[TokenOperation]:
-        """The operations of a stack; in a call without visual tokens in it (a step of decoding) none of these can leave."""
-        merged = any(entry.merge is not None for entry in self._entries(stack))
-        patches = (one for one in self.program.token_operations(stack) if isinstance(one, Merge) or _of_patches(one))
-        return list(self.program.token_operations(stack) if merged else patches)
-
-    def _entries(self, stack: int) -> list[Found]:
-        return [entry for entry in self.recognition.found if entry.site.stack == stack]
-
-    def _place(self, one: TokenOperation) -> tuple[Found, fx.Node]:
-        """The site of the layer where tokens leave, and the residual stream there."""
-        entry = next((entry for entry in self._entries(one.stack) if entry.site.layer == one.layer), None)
-        if isinstance(one, Exit) and entry is None:
-            entry = next(entry for entry in self._entries(one.stack) if entry.site.layer >= one.layer)
-        if entry is None:
-            raise NotApplicableError(f"{one.by}: layer {one.layer} is in another graph of the call, so no token can leave there")
-        stream = entry.stream
-        if stream is not None and _between(one):
-            stream = behind_attention(entry, stream)
-        if stream is None:
-            raise NotApplicableError(f"{entry.site.name}: the residual stream was not found there, so no token can leave ({one.by})")
-        later = (other for other in self._entries(one.stack) if other.site.layer >= first_layer(one) and other.stream is not None)
-        beside = next((other.site.name for other in later if other.stream is not None and other.stream < stream), None)
-        if beside is not None:
-            raise NotApplicableError(
-                f"{entry.site.name}: {beside} attends beside it to the same tokens, so that none can leave between the two ({one.by}); "
-                "choose the last of the layers that stand side by side"
-            )
-        return entry, stream
-
-    def _streams_behind(self, stack: int) -> set[fx.Node]:
-        """The residual stream in front of, within and behind every layer that patches left in front of; none where some were not found."""
-        entries = sorted(self._entries(stack), key=lambda entry: entry.site.layer)
-        ahead = [entry.stream for entry in entries]
-        between = [None if stream is None else behind_attention(entry, stream) for entry, stream in zip(entries, ahead, strict=True)]
-        behind = [behind_layer(entry) for entry in entries]
-        if len(entries) > 1 and behind[:-1] == between[1:]:
-            behind = []  # attention and MLP are added at once
-        layers = [one.layer for one in self._operations(stack) if _of_patches(one)]
-        found: set[fx.Node | None] = set()
-        for nodes in (ahead, between, behind):
-            found.update(node for entry, node in zip(entries, nodes, strict=False) if layers and entry.site.layer >= min(layers))
-        return set() if None in found else {node for node in found if node is not None}
 
     def _all(self, entry: Found, stream: fx.Node, one: TokenOperation) -> Left:
         """Where no token has left yet."""
@@ -188,7 +117,7 @@ class Selections:
     def _merge(self, stack: int) -> None:
         """Merge tokens of one stack, layer by layer."""
         left: Merged | None = None
-        for one in self._operations(stack):
+        for one in self.stacks.operations(stack):
             entry, stream = self._places[one]
             if not isinstance(one, Merge):
                 raise NotApplicableError(f"{entry.site.name}: tokens are merged in its stack, of which {one.by} would have to choose some")
@@ -197,7 +126,7 @@ class Selections:
             if left is None:
                 left = Merged(None, at.call_method("size", (stream, 1)), None, hinted_shape(stream)[1])
             if one.criteria is None:
-                cut, left, short = merge_tokens(one, entry, stream, left, self._entries(stack), self.sizes, at)
+                cut, left, short = merge_tokens(one, entry, stream, left, self.stacks.entries(stack), self.sizes, at)
             else:
                 cut, left, short = self._fuse(one, entry, stream, left)
             cut.meta.update({key: stream.meta[key] for key in ("example_value", "nn_module_stack") if key in stream.meta})
@@ -215,12 +144,12 @@ class Selections:
         result = self.results[one.site]
         call = attention_of(result, one.by)
         copies = self.scores.copied([node for node in call.args[:2] if isinstance(node, fx.Node)], entry, stream, stream, one)
-        return fuse_tokens(one, site, entry, result, stream, copies, left, self._entries(one.stack), self.sizes)
+        return fuse_tokens(one, site, entry, result, stream, copies, left, self.stacks.entries(one.stack), self.sizes)
 
     def _leave(self, one: Exit | Select, entry: Found, stream: fx.Node, left: Left) -> Left:
         """Cut the residual stream to the tokens that stay."""
         users = [
-            user for user in stream.users if user.op != "output" and user not in _numbers(left) and user not in self.present.nodes.values()
+            user for user in stream.users if user.op != "output" and user not in left.nodes and user not in self.present.nodes.values()
         ]
         current = self._cut.get(stream, stream)
         if current is not stream:
@@ -230,7 +159,7 @@ class Selections:
         if isinstance(rule, Drawn):
             there = current if left.positions is None else left.positions
             score = Cursor(self.graph, behind_inputs(self.graph, there)).call(choose.drawn, (there, rule.seed))
-        needed = [node for node in (current, score, *_numbers(left)) if node is not None]
+        needed = [node for node in (current, score, *left.nodes) if node is not None]
         if isinstance(one, Exit) or one.candidates == "visual":
             needed.append(self.visual(entry))
         at = Cursor(self.graph, behind_inputs(self.graph, max(needed)))
@@ -253,7 +182,7 @@ class Selections:
         assert left.positions is not None
         self.seeds.pop(current, None)
         selection = Selection(left.positions, left.length, left.kept, left.fused)
-        if _of_patches(one):
+        if of_patches(one):
             source = current if stream in self.streams else None
             selection = replace(selection, prefix=entry.site.layout.prefix, suffix=entry.site.layout.suffix, source=source)
         if left.present is not None:
@@ -267,7 +196,7 @@ class Selections:
     def _tell_present(self, one: TokenOperation, present: fx.Node, selection: Selection) -> None:
         """Tell the sites behind a choice which of their keys are no padding."""
         stand_ins = self.present.nodes
-        readers = [found.site.name for found in self._entries(one.stack) if found.site.layer >= first_layer(one)]
+        readers = [found.site.name for found in self.stacks.entries(one.stack) if found.site.layer >= first_layer(one)]
         readers = [name for name in readers if name in stand_ins]
         if readers:
             present.meta["example_value"] = value_of(stand_ins[readers[0]])
@@ -386,16 +315,3 @@ class Selections:
         at = Cursor(self.graph, read.patches if score is None else max(score, read.patches))
         stay = self._chosen(one, read, score, at)
         return read, stay, made_beside(stay, read.patches, at)
-
-
-def _between(one: TokenOperation) -> bool:
-    """Whether tokens leave between attention and MLP of a layer, and not in front of it."""
-    return one.criteria is None if isinstance(one, Merge) else isinstance(one, Select) and one.place == "between"
-
-
-def _of_patches(one: TokenOperation) -> bool:
-    return isinstance(one, Select) and one.candidates == "patches"
-
-
-def _numbers(left: Left) -> list[fx.Node]:
-    return [number for number in (left.positions, left.length, left.kept, left.visual, left.every) if isinstance(number, fx.Node)]

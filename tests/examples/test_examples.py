@@ -44,7 +44,7 @@ def test_demo_runs_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     demo.main(["--small", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     right = [int(count) for count in re.findall(r"(\d+) of 12", printed)]
-    assert len(right) == 1 + len(importlib.import_module("examples.demo_answers").PASSES)
+    assert len(right) == 2  # before, and after one pass
     assert right[0] >= 10  # the unmodified model answers
     assert "random weights" in printed
     for name in ("agent", "neighborhood", "token_exit", "sink_redistribution"):
