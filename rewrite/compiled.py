@@ -259,7 +259,8 @@ class CompiledGraph:
             call.produce(results[index], note)
         outputs, given = variant.graph.marked
         for entry in (*(results[index] for index in outputs), *(inputs[index] for index in given)):
-            call.produce(with_note(entry, Note(None, entry.shape[2], marked=True)), Note(None, entry.shape[2], marked=True))
+            note = Note(None, entry.shape[2], marked=True)
+            call.produce(with_note(entry, note), note)
         return results[:count]
 
     @staticmethod

@@ -2,10 +2,11 @@
 
     python -m examples.zoo.train_llava
 
-The tower is the classifier that ships, and is left as it is. First the projector learns to say the words of what each patch shows, as
-LLaVA's first stage aligns it with captions; then projector and language model learn to answer. Each step packs the questions of each scene
-into one sequence in which every question sees the picture and itself alone, at the positions that it has when it is asked alone: what is
-trained is one question in a prompt, at the cost of the picture once for all of them.
+The tower is the classifier that ships. First the projector learns to say the words of what each patch shows, as LLaVA's first stage aligns
+it with captions; then projector and language model learn to answer, and to go on with short statements, without which they would not begin
+to look for what a question names (`statements.py`); last the tower learns with them, slowly. Each step packs the statements and questions
+of each scene into one sequence in which every one sees the picture and itself alone, at the positions that it has when it stands alone:
+what is trained is one question in a prompt, at the cost of the picture once for all of them.
 """
 
 from __future__ import annotations

@@ -5,7 +5,9 @@
 Such a region computes over the tokens (it sorts and counts them), and still each token's result depends on that token alone, so that it can
 be run on the tokens that are left. That is not read off the operators: a region is what lies between a sort of integers and the first
 tensor with a row for each token that everything behind it goes through, and whether its rows are independent is tried out, with random
-operands, on all tokens and on some of them. Sizes written out for the tokens, of leading axes, become the number of those that are left.
+operands in float32, on all tokens and on each half of them: once as they are spread over the experts by chance, and once with all of them
+at the same ones, where an expert that takes only so many tokens would leave some out. Sizes written out for the tokens, of leading axes,
+become the number of those that are left.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.utils import _python_dispatch
+from torch.utils import _pytree as pytree
 
 from rewrite.tokens import rules
 from rewrite.tokens.edits import combine, set_argument
@@ -29,8 +32,10 @@ _SORTS = frozenset({"sort", "argsort"})
 # Operators whose result has a leading axis of a size that is written out, as their first argument.
 _SIZED = frozenset({"arange", "empty", "full", "ones", "zeros"})
 _TURNED_FLAT = frozenset({"flatten", "int", "long", "ravel", "reshape", "to", "view"})
-# Of the results on some of the tokens against those on all, in units of the precision: sums over channels are in the same order.
+# Of the results on some of the tokens against those on all, in units of float32's precision: sums over channels may be in another order.
 _TOLERANCE = 1e3
+# What is tried out in float32 instead: in these what other tokens leak could be less than the rounding.
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,25 @@ def routed_regions(graph: fx.Graph) -> list[Routed]:
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         if rules.name_of(node) in _SORTS and node not in taken and (region := _region(graph, node)) is not None:
-            key = tuple((str(one.target), extents(one), tuple(extents(each) for each in one.all_input_nodes)) for one in region.nodes)
+            key = _structure(region)
             if key not in proved:
-                proved[key] = _independent(region)
+                proved[key] = all(_independent(region, alike) for alike in (False, True))
             if proved[key]:
                 found.append(region)
                 taken.update(region.nodes)
     return found
+
+
+def _structure(region: Routed) -> tuple[Any, ...]:
+    """What a proof holds for: the operators, what each takes from where, and the shapes and types of what is read from outside."""
+    numbers: dict[fx.Node, Any] = {node: number for number, node in enumerate(region.nodes)}
+    for node in region.nodes:
+        for source in node.all_input_nodes:
+            value = example(source)
+            of = (extents(source), value.dtype) if isinstance(value, torch.Tensor) else str(value)
+            numbers.setdefault(source, (len(numbers), source in region.entries, of))
+    told = [(node.target, *fx.map_arg((node.args, node.kwargs), lambda source: str(numbers[source]))) for node in region.nodes]
+    return tuple(map(str, told))
 
 
 def _region(graph: fx.Graph, sort: fx.Node) -> Routed | None:
@@ -148,40 +165,52 @@ def _of_no_token(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _independent(region: Routed) -> bool:
-    """Whether the rows of some tokens are the same with the others there and without them, for random operands."""
+def _independent(region: Routed, alike: bool) -> bool:
+    """Whether the rows of some tokens are the same with the others there and without them, for random operands; alike: all tokens have the
+    same experts."""
     with _python_dispatch._disable_current_modes(), torch.no_grad():
         try:
-            operands = _operands(region)
+            operands = _operands(region, alike)
             whole = _computed(region, operands, region.tokens)
-            some = torch.arange(0, region.tokens, 2, device=whole.device)
-            chosen = {node: value[some] if node in region.entries else value for node, value in operands.items()}
-            part = _computed(region, chosen, len(some))
+            allowed = _TOLERANCE * torch.finfo(whole.dtype).eps * whole.abs().max()
+            if not torch.isfinite(whole).all() or not whole.abs().max() > 0:
+                return False
+            # Each half: what an expert that is full leaves out is the last, or the first.
+            for some in (torch.arange(half, region.tokens, 2, device=whole.device) for half in range(min(2, region.tokens))):
+                chosen = {node: value[some] if node in region.entries else value for node, value in operands.items()}
+                part = _computed(region, chosen, len(some))
+                if part.shape != whole[some].shape or not (part - whole[some]).abs().max() <= allowed:
+                    return False
         except (RuntimeError, IndexError, TypeError, ValueError):
             return False  # it does not run on fewer tokens
-        if part.shape != whole[some].shape or not torch.isfinite(whole).all():
-            return False
-        allowed = _TOLERANCE * torch.finfo(whole.dtype).eps * whole.abs().max()
-        return bool((part - whole[some]).abs().max() <= allowed) and bool(whole.abs().max() > 0)
+    return True
 
 
-def _operands(region: Routed) -> dict[fx.Node, torch.Tensor]:
-    """Random values of all that a region reads; integers as they follow from random ones."""
+def _operands(region: Routed, alike: bool) -> dict[fx.Node, torch.Tensor]:
+    """Random values of all that a region reads; integers as they follow from random ones, `alike` from the same for each token."""
     values: dict[fx.Node, Any] = {}
     generators: dict[torch.device, torch.Generator] = {}
 
-    def value(node: fx.Node) -> Any:
+    def value(node: fx.Node, chooses: bool) -> Any:
         if node not in values:
             given = example(node)
             if isinstance(given, torch.Tensor) and given.is_floating_point():
                 generator = generators.setdefault(given.device, torch.Generator(given.device).manual_seed(0))
-                values[node] = torch.randn(extents(node), generator=generator, dtype=given.dtype, device=given.device)
+                drawn = torch.randn(extents(node), generator=generator, dtype=_precise(given.dtype), device=given.device)
+                values[node] = drawn[:1].expand_as(drawn).clone() if chooses and alike else drawn
             else:
-                values[node] = _call(node, {source: value(source) for source in node.all_input_nodes})
+                values[node] = _call(node, {source: value(source, True) for source in node.all_input_nodes})
         return values[node]
 
     inside = set(region.nodes)
-    return {source: value(source) for node in region.nodes for source in node.all_input_nodes if source not in inside}
+    read = dict.fromkeys(source for node in region.nodes for source in node.all_input_nodes if source not in inside)
+    # What experts are chosen by comes first: it may be read for itself, too.
+    first = sorted(read, key=lambda node: isinstance(example(node), torch.Tensor) and example(node).is_floating_point())
+    return {source: value(source, False) for source in first}
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in _HALF else dtype
 
 
 def _computed(region: Routed, operands: Mapping[fx.Node, Any], tokens: int) -> torch.Tensor:
@@ -209,6 +238,7 @@ def _call(node: fx.Node, values: Mapping[fx.Node, Any], sizes: Mapping[Path, int
             place = place[key]
         place[last] = size
         args, kwargs = held["args"], held["kwargs"]
+    args, kwargs = pytree.tree_map(lambda given: _precise(given) if isinstance(given, torch.dtype) else given, (args, kwargs))
     target: Any = getattr(args[0], str(node.target)) if node.op == "call_method" else node.target
     return target(*args[1:] if node.op == "call_method" else args, **kwargs)
 

@@ -78,18 +78,23 @@ def test_gradients_of_experts() -> None:
     same_gradients(changed, model)
 
 
-def routed(x: torch.Tensor, weights: torch.Tensor, leaking: bool) -> torch.Tensor:
-    """One expert a token, its rows sorted and put back; leaking: less the mean of all rows."""
+def routed(x: torch.Tensor, weights: torch.Tensor, leak: str) -> torch.Tensor:
+    """One expert a token, its rows sorted and put back. They leak into each other by the mean, or where an expert is full."""
     ids = (x @ weights[0]).topk(1, -1).indices.reshape(-1)
     order = torch.sort(ids).indices
     rows = x[order]
     made = rows @ weights[1] * (ids[order] + 1)[:, None]
-    made = made - made.mean(0, keepdim=True) if leaking else made
+    if leak == "mean":
+        made = made - made.mean(0, keepdim=True)
+    if leak == "capacity":
+        before = (ids[order][:, None] == ids[order]).tril(-1).sum(1)
+        made = made * (before < 9)[:, None]
     return made[torch.argsort(order)].view(x.shape[0], 1, -1).sum(1)
 
 
-@pytest.mark.parametrize("leaking", [False, True])
-def test_a_region_is_one_whose_tokens_are_independent(leaking: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("leak", ["", "mean", "capacity"])
+def test_a_region_is_one_whose_tokens_are_independent(leak: str, dtype: torch.dtype) -> None:
     """It is tried out: what computes over the tokens on the way is no region, however it looks."""
     graphs: list[fx.GraphModule] = []
 
@@ -97,9 +102,9 @@ def test_a_region_is_one_whose_tokens_are_independent(leaking: bool) -> None:
         graphs.append(module)
         return module
 
-    x, weights = torch.randn(10, 6), nn.Parameter(torch.randn(2, 6, 6))
+    x, weights = torch.randn(10, 6, dtype=dtype), nn.Parameter(torch.randn(2, 6, 6, dtype=dtype))
     torch._dynamo.reset()
-    torch.compile(routed, backend=backend, dynamic=False)(x, weights, leaking)
+    torch.compile(routed, backend=backend, dynamic=False)(x, weights, leak)
     (graph,) = graphs
     found = routed_regions(graph.graph)
-    assert [region.tokens for region in found] == ([] if leaking else [10])
+    assert [region.tokens for region in found] == ([] if leak else [10])
