@@ -120,7 +120,7 @@ def _region(graph: fx.Graph, sort: fx.Node) -> Routed | None:
     pending = list(inside)
     while pending:
         for node in pending.pop().all_input_nodes:
-            if node in inside or node in weights or example(node) is None:
+            if node in inside or node in weights or example(node) is None or _number(node):
                 continue
             made = node.op != "placeholder" and all(first_tensor(source) is None for source in node.all_input_nodes)
             if is_tensor(node) and extents(node)[:1] == (tokens,) and not made:
@@ -199,11 +199,11 @@ def _operands(region: Routed, alike: bool) -> dict[fx.Node, torch.Tensor]:
                 drawn = torch.randn(extents(node), generator=generator, dtype=_precise(given.dtype), device=given.device)
                 values[node] = drawn[:1].expand_as(drawn).clone() if chooses and alike else drawn
             else:
-                values[node] = _call(node, {source: value(source, True) for source in node.all_input_nodes})
+                values[node] = _call(node, {source: value(source, True) for source in node.all_input_nodes if not _number(source)})
         return values[node]
 
     inside = set(region.nodes)
-    read = dict.fromkeys(source for node in region.nodes for source in node.all_input_nodes if source not in inside)
+    read = dict.fromkeys(source for node in region.nodes for source in node.all_input_nodes if not (source in inside or _number(source)))
     # What experts are chosen by comes first: it may be read for itself, too.
     first = sorted(read, key=lambda node: isinstance(example(node), torch.Tensor) and example(node).is_floating_point())
     return {source: value(source, False) for source in first}

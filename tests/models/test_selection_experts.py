@@ -11,7 +11,7 @@ from torch import fx, nn
 from rewrite import cached_tokens, rewrite
 from rewrite.tokens.routed import routed_regions
 from tests.models.architectures import IMAGE_TOKEN, llava, llava_inputs, rewritten, same_gradients
-from tests.models.oracles import Survivors, attention_replaced_by
+from tests.models.oracles import Survivors, attention_replaced_by, visual_masked_from
 from tests.models.test_llava import GREEDY, visual_of
 from tests.models.test_selection import TEXT, last_query_keeps, same_on_what_is_left
 
@@ -61,6 +61,19 @@ def test_tokens_that_left_are_not_routed(kind: str) -> None:
     assert after.multiply_adds / before.multiply_adds == pytest.approx(
         dense.total_after.multiply_adds / dense.total_before.multiply_adds, abs=0.03
     )
+
+
+def test_other_lengths_and_batches_than_it_was_rewritten_with() -> None:
+    changed = rewritten(mixture("mixtral"), ["token_exit(layer=2)"], llava_inputs())
+    for batch, length in ((3, 17), (2, 11), (1, 12)):
+        inputs = llava_inputs(batch=batch, text=length)
+        visual = visual_of(inputs)
+        with torch.no_grad(), visual_masked_from(model := mixture("mixtral"), 2, visual):
+            expected = model(**inputs).logits
+        with torch.no_grad():
+            actual = changed(**inputs).logits
+        left = ~visual & inputs["attention_mask"].bool()
+        assert (actual - expected)[left].abs().max() <= 1e3 * torch.finfo(torch.float32).eps * expected[left].abs().max()
 
 
 def test_gradients_of_experts() -> None:
