@@ -94,7 +94,7 @@ class Observing(Rewriter):
     observe: Observe = field(kw_only=True)
     owners: dict[tuple[str, str], Pass] = field(default_factory=dict)
 
-    def plan(self, recognition: Recognition) -> Program:
+    def plan(self, recognition: Recognition, uneven: bool = False) -> Program:
         program = recognition.program
         for one in self.passes:
             program = one.apply(program)

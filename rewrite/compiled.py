@@ -19,8 +19,10 @@ from rewrite.names import Witness
 from rewrite.notes import Note
 from rewrite.recognise.fixed_caches import cache_writes, from_start
 from rewrite.recognise.operators import value_of
+from rewrite.recognise.uneven import rows_differ, visual_masks
 from rewrite.states import stand_in, with_note
 from rewrite.tokens.chosen import Chosen
+from rewrite.tokens.marks import unmarked
 
 InnerBackend = str | Callable[..., Any]
 
@@ -140,6 +142,7 @@ class CompiledGraph:
     def __post_init__(self) -> None:
         self.floating = [index for index, node in enumerate(self._placeholders()) if is_activation(node)]
         self.writes = cache_writes(self.graph_module.graph)
+        self.masks = visual_masks(self.graph_module.graph)
         self.streams = [index for index in self.floating if value_of(self._placeholders()[index]).ndim in (2, 3)]
 
     def _placeholders(self) -> list[fx.Node]:
@@ -159,17 +162,21 @@ class CompiledGraph:
                 note.sinks is not None,
                 note.state is not None,
                 note.marked,
+                note.padded,
                 None if note.positions is None else shared.setdefault(id(note.positions), index),
             )
             for index, (_, note) in notes.items()
         )
         of_activations = tuple((index, known.kind) for index, known in carried.items())
-        prompt = from_start(self.writes, dict(zip(self._placeholders(), inputs, strict=True)))
-        key = (of_caches, of_activations, base, prompt)
+        call_inputs = dict(zip(self._placeholders(), inputs, strict=True))
+        prompt = from_start(self.writes, call_inputs)
+        # Numbers that differ need a size that the data decide, which other backends than eager have no place for.
+        uneven = self.inner == "eager" and rows_differ(self.masks, call_inputs, [known.visual for known in carried.values()])
+        key = (of_caches, of_activations, base, prompt, uneven)
         if key not in self.variants:
             told = {index: words for index in self.floating if (words := self.current().behind(inputs[index])) is not None}
             behind = {index: words for index, words in told.items() if index not in carried}
-            known = Known({index: note for index, (_, note) in notes.items()}, carried, behind, base, prompt)
+            known = Known({index: note for index, (_, note) in notes.items()}, carried, behind, base, prompt, uneven)
             rewritten = self.rewriter.rewrite(self.graph_module, inputs, known)
             rewritten.record.again = bool(self.variants)
             decided = [one.by for one in rewritten.record.program.exits if one.when is not None]
@@ -221,6 +228,8 @@ class CompiledGraph:
                 values.append(getattr(call.carried(inputs[extra.index]), extra.kind))
             elif extra.kind in ("stay", "made"):
                 values.append(getattr(getattr(call.carried(inputs[extra.index]), "chosen", None), extra.kind))
+            elif extra.kind == "present":
+                values.append(unmarked(notes[extra.index][0]))
             else:
                 values.append(getattr(notes[extra.index][1], extra.kind))
         with call.graph(variant.graph.record):
@@ -267,7 +276,7 @@ class CompiledGraph:
     def _noted(call: Call, entry: torch.Tensor, known: Mapping[str, Any]) -> torch.Tensor:
         """What the cache is to hold for an entry that the graph returned: itself, or what stands in for one that tokens left."""
         positions, length = known.get("positions"), int(known.get("length", entry.shape[-2]))
-        note = Note(positions, length, known.get("groups"), known.get("sinks"))
+        note = Note(positions, length, known.get("groups"), known.get("sinks"), padded=known.get("padded", False))
         held = entry
         if positions is not None:
             note = replace(note, entry=(entry.shape[1], entry.shape[3], entry.dtype), kept=entry)

@@ -24,7 +24,7 @@ from rewrite.notes import Note
 from rewrite.prediction import Gate
 from rewrite.recognise.fixed_caches import cache_writes
 from rewrite.recognise.flex import is_flex_attention
-from rewrite.recognise.operators import module_path
+from rewrite.recognise.operators import hinted_shape, module_path
 from rewrite.recognise.regions import NearMiss, find_regions, interior
 from rewrite.recognise.sites import Recognition, recognise
 from rewrite.recognise.writes import writes
@@ -69,7 +69,7 @@ class Known:
 
     notes: of cache entries. carried: of activations that an earlier graph made. behind: inputs that lie behind a break and nothing is known
     of, with the break in words. base: the module that the graph runs for, where that is known. prompt: what it writes into KV caches of
-    fixed length begins at their first place.
+    fixed length begins at their first place. uneven: rows of the batch hold different numbers of visual tokens.
     """
 
     notes: Mapping[int, Note] = field(default_factory=dict)
@@ -77,6 +77,7 @@ class Known:
     behind: Mapping[int, str] = field(default_factory=dict)
     base: str | None = None
     prompt: bool = False
+    uneven: bool = False
 
 
 @dataclass
@@ -115,12 +116,13 @@ class Rewriter:
     depths: dict[str, int] = field(default_factory=dict)
     gate: Gate | None = None
 
-    def plan(self, recognition: Recognition) -> Program:
-        """The recognised program after every pass."""
+    def plan(self, recognition: Recognition, uneven: bool = False) -> Program:
+        """The recognised program after every pass; uneven: rows hold different numbers of visual tokens."""
         program = recognition.program
         for one in self.passes:
             program = one.apply(program)
-        return (program if self.gate is None else self.gate.through(program, recognition)).sized().padded()
+        program = program if self.gate is None else self.gate.through(program, recognition)
+        return program.sized().counted(uneven).padded(_several(recognition))
 
     def lowering(self, *arguments: Any) -> ProgramLowering:
         """What brings the program into the graph."""
@@ -145,8 +147,8 @@ class Rewriter:
         behind = {placeholders[index]: told for index, told in known.behind.items()}
         cut = {entry.site.name: told for entry in recognition.found if (told := missing(entry, behind))}
         left = leaving(graph, recognition, carried) if self.allowed.notes else []
-        marked = {placeholders[index] for index, note in notes.items() if note.marked}
-        program = self.plan(recognition).hiding({entry.site.name for entry in recognition.found if marked & set(entry.cache)})
+        marked = {placeholders[index] for index, note in notes.items() if note.marked or note.padded}
+        program = self.plan(recognition, known.uneven).hiding({entry.site.name for entry in recognition.found if marked & set(entry.cache)})
         before = graph_cost(graph, {})
         attention = {node for entry in recognition.found for node in interior(entry.region)}
         operators = operator_costs(graph, {}, attention)
@@ -192,6 +194,12 @@ class Rewriter:
                 paths = [qualify(module_path(region.core)) for region in regions] + [qualify(miss.module) for miss in missed]
                 misses += [NearMiss(node.name, path, reason) for path in paths]
         return misses
+
+
+def _several(recognition: Recognition) -> frozenset[int]:
+    """The stacks that hold visual tokens of more than one row."""
+    streams = [(entry.site.stack, entry.stream) for entry in recognition.found if entry.merge is not None]
+    return frozenset(stack for stack, stream in streams if stream is not None and hinted_shape(stream)[0] > 1)
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:

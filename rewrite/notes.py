@@ -33,6 +33,7 @@ class Note:
     entry: heads, width and dtype that the model's code expects, where the cache holds a stand-in.
     lost: the site whose entry no later call can go on from, as the cache keeps a part of what some tokens left; or "".
     marked: the cache has a fixed length, and marks in the places of tokens that left (`rewrite.tokens.marks`).
+    padded: rows keep different numbers, and in the places of padding `kept` has marks.
     """
 
     positions: torch.Tensor | None
@@ -44,6 +45,7 @@ class Note:
     entry: tuple[int, int, torch.dtype] | None = None
     kept: torch.Tensor | None = None
     marked: bool = False
+    padded: bool = False
     lost: str = ""
 
     @property

@@ -10,7 +10,7 @@ import sympy
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.expression import B, J, read
 from rewrite.ir.operations import Attend
-from rewrite.ir.selection import LOG_SIZE, PRESENT, Exit, Merge, Pooled, Select, TokenOperation, first_layer
+from rewrite.ir.selection import LOG_SIZE, PRESENT, Exit, Merge, Pooled, Select, TokenOperation, first_layer, of_visual
 from rewrite.ir.site import Site
 
 
@@ -21,6 +21,8 @@ class Program:
 
     choices: selections among the patches of pictures that leave their vision tower in this graph, and are a text's visual tokens later on.
 
+    by_row: stacks in which each row of a batch keeps a number of visual tokens of its own, see `counted`.
+
     touched: (site name, pass text) for every site that a pass rewrote. declined: (site name, pass text, reason).
     """
 
@@ -28,6 +30,7 @@ class Program:
     exits: tuple[Exit, ...] = ()
     selections: tuple[Select | Merge, ...] = ()
     choices: tuple[Select, ...] = ()
+    by_row: frozenset[int] = frozenset()
     touched: tuple[tuple[str, str], ...] = field(default=())
     declined: tuple[tuple[str, str, str], ...] = field(default=())
 
@@ -87,20 +90,36 @@ class Program:
         merges = [one for one in self.selections if isinstance(one, Merge) and one.proportional]
         return replace(self, sites=tuple(self._sized(site, merges) for site in self.sites))
 
-    def padded(self) -> Program:
+    def counted(self, uneven: bool) -> Program:
+        """This program knowing in which stacks each row keeps a number of visual tokens of its own: where the data decide for each whether
+        its tokens leave, and everywhere if rows hold different numbers, `uneven`."""
+        decided = {one.stack for one in self.exits if one.when is not None}
+        return replace(
+            self, by_row=frozenset(one.stack for one in self.token_operations() if of_visual(one) and (uneven or one.stack in decided))
+        )
+
+    def padded(self, several: Collection[int]) -> Program:
         """This program with every site behind a choice that keeps another number in each row hiding the keys that pad rows with fewer.
 
-        Done behind all passes, as `sized`, with the same refusal.
+        several: the stacks that hold visual tokens of more than one row. Done behind all passes, as `sized`, with the same refusal.
         """
-        padding = [one for one in self.selections if isinstance(one, Select) and one.count.mass is not None]
+        padding = [one for one in self.token_operations() if not isinstance(one, Merge) and self._pads(one, several)]
         return replace(self, sites=tuple(self._padded(site, padding) for site in self.sites))
 
-    def hiding(self, names: Collection[str]) -> Program:
-        """This program with the named sites hiding keys that are not present: earlier calls took them out of a KV cache of fixed length.
+    def _pads(self, one: Exit | Select, several: Collection[int]) -> bool:
+        """Whether rows may keep different numbers of tokens in one operation."""
+        return (
+            one.stack in self.by_row and one.stack in several if of_visual(one) else isinstance(one, Select) and one.count.mass is not None
+        )
 
-        Done behind all passes, as `sized`; no pass changes such a site.
+    def hiding(self, names: Collection[str]) -> Program:
+        """This program with the named sites hiding keys that are not present: earlier calls took them out of a KV cache of fixed length, or
+        padded a row of a cache.
+
+        Done behind all passes, as `padded`.
         """
-        return replace(self, sites=tuple(_present_alone(site, site.attend) if site.name in names else site for site in self.sites))
+        hiding = {site.name for site in self.sites if site.name in names and PRESENT not in site.operands}
+        return replace(self, sites=tuple(_present_alone(site, site.attend) if site.name in hiding else site for site in self.sites))
 
     def _sized(self, site: Site, merges: list[Merge]) -> Site:
         attend = self._one_attention(site, merges, "the sizes of merged tokens; use one of them, or proportional=False")
@@ -109,11 +128,15 @@ class Program:
         sized = replace(site, operands=(*site.operands, LOG_SIZE))
         return sized.with_operations(replace(attend, score=attend.score + read(LOG_SIZE, B, J)))
 
-    def _padded(self, site: Site, padding: list[Select]) -> Site:
-        attend = self._one_attention(site, padding, "rows that keep different numbers of tokens; use one of them, or no mass=")
+    def _padded(self, site: Site, padding: list[Exit | Select]) -> Site:
+        wanted = (
+            "rows that keep different numbers of tokens; use one of them, or have every row keep as many: by no mass=, by a layer that is "
+            "given, and by batches whose rows hold the same number of visual tokens"
+        )
+        attend = self._one_attention(site, padding, wanted)
         return site if attend is None else _present_alone(site, attend)
 
-    def _one_attention(self, site: Site, operations: Sequence[Select | Merge], wanted: str) -> Attend | None:
+    def _one_attention(self, site: Site, operations: Sequence[TokenOperation], wanted: str) -> Attend | None:
         """The attention of a site behind some of the operations, None where it is in front; it must be one softmax attention."""
         before = [one for one in operations if one.stack == site.stack and first_layer(one) <= site.layer]
         if not before:

@@ -1,7 +1,7 @@
 """Token operations: some tokens of a stream leave it at one place of its stack of layers.
 
 They say what; the engine gathers, carries positions through what follows, and puts tokens back where outputs are read. Every row of a batch
-keeps tokens of its own, equally many in every row, in the order and with the positions they had.
+keeps tokens of its own, in the order and with the positions they had.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Received:
 
 @dataclass(frozen=True)
 class Irrelevant:
-    """Visual tokens leave where the attention that all of them together receive is less than `below` in every row of the batch."""
+    """The visual tokens of a row leave where the attention that all of them together receive is less than `below`."""
 
     rule: Received
     below: float
@@ -44,8 +44,8 @@ ROUTER = ("router_up", "router_down", "router_margin")
 
 @dataclass(frozen=True)
 class Routed:
-    """Visual tokens leave where a learned router says so of every row of the batch: down gelu(up f), whose second number plus the margin is
-    greater than the first. f, [2C], is the mean of the text tokens behind the image but the last, and the last, in front of the layer."""
+    """The visual tokens of a row leave where a learned router says so: down gelu(up f), whose second number plus the margin is greater than
+    the first. f, [2C], is the mean of the text tokens behind the image but the last, and the last, in front of the layer."""
 
     width: int
 
@@ -55,7 +55,7 @@ class Exit:
     """Visual tokens leave the stack in front of one layer: that layer and all later ones do not see them.
 
     stack: number of the stack. layer: the first layer without visual tokens, from 0. when: in what calls; None is in all. What the data
-    decide is decided for the whole batch, so that every row keeps equally many tokens.
+    decide is decided for each row of a batch by itself.
     """
 
     stack: int
@@ -250,3 +250,8 @@ def first_layer(operation: TokenOperation) -> int:
     """The first layer whose attention does not see every token any more, or not as it was."""
     between = isinstance(operation, Merge) and operation.criteria is None
     return operation.layer + (between or (isinstance(operation, Select) and operation.place == "between"))
+
+
+def of_visual(operation: TokenOperation) -> bool:
+    """Whether visual tokens of a text leave, and not patches of a grid."""
+    return isinstance(operation, Exit) or (isinstance(operation, Select) and operation.candidates == "visual")

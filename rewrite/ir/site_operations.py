@@ -162,15 +162,19 @@ def sparse_map(operation: SparseMap, values: Mapping[str, torch.Tensor]) -> torc
     return seen
 
 
-def spread_out(features: torch.Tensor, kept: int) -> torch.Tensor:
+def spread_out(features: torch.Tensor, kept: int, among: torch.Tensor | None = None) -> torch.Tensor:
     """Indices [B, kept] of features [B, V, C] that are far from each other, by one minus the cosine (DivPrune, Alvar et al. 2025).
 
     First the one whose nearest neighbour is farthest away, then again and again the one that is farthest from all chosen so far.
+    among: bool [B, V], which features there are, None for all; a row of fewer than `kept` ends with indices of no meaning.
     """
     unit = functional.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
     distance = 1 - unit @ unit.transpose(1, 2)
     rows = torch.arange(len(features), device=features.device)
     apart = distance.diagonal_scatter(distance.new_full(distance.shape[:2], torch.inf), dim1=1, dim2=2)
+    if among is not None:
+        # One that is not there is nobody's neighbour, and is never the farthest.
+        apart = apart.masked_fill(~among[:, :, None], torch.inf).masked_fill(~among[:, None, :], -torch.inf)
     chosen = [apart.amin(1).argmax(1)]
     nearest = apart[rows, chosen[0]].index_put((rows, chosen[0]), distance.new_tensor(-torch.inf))
     for _ in range(kept - 1):

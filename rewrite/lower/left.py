@@ -14,8 +14,8 @@ class Left:
     """What is left of the tokens of a stack at one place of it.
 
     positions: of the tokens that are left, None where all are. length: how many there were; kept, visual: how many tokens, visual ones
-    among them, are left; every: how many visual ones there were. hints: kept, visual and every at the traced shapes. present: which of
-    them are no padding, where rows keep different numbers.
+    among them, are left; every: how many visual ones there were, in each row, a tensor [B] where rows count their own. hints: kept, visual
+    and every at the traced shapes. present: which of them are no padding, where rows keep different numbers.
     """
 
     positions: fx.Node | None

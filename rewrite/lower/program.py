@@ -20,16 +20,18 @@ from rewrite.ir.selection import LOG_SIZE, PRESENT, Select, first_layer
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.cache_outputs import entries_of, parts_of
+from rewrite.lower.cursor import Cursor
 from rewrite.lower.lowering import lower_site, traced
 from rewrite.lower.mask_reading import Given, read_masks
+from rewrite.lower.present import PresentKeys
 from rewrite.lower.recurrence import StateCaches
 from rewrite.lower.selections import Selections
 from rewrite.notes import Note
 from rewrite.recognise.fixed_caches import cache_writes
-from rewrite.recognise.operators import hinted_shape
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.tokens.chosen import Choice
-from rewrite.tokens.marks import unmarked
+from rewrite.tokens.gather import places_of_present
+from rewrite.tokens.marks import marked_padding
 from rewrite.tokens.placement import Selection
 from rewrite.tokens.surgery import push_selections
 from rewrite.tokens.visual import visual_mask_node
@@ -40,7 +42,7 @@ class Extra:
     """A value that a rewritten graph takes beside the traced inputs.
 
     kind "parameter": the added parameter `name`. "positions", "length", "groups", "sinks", "state", "seen": from the note of the cache
-    entry that is input `index`.
+    entry that is input `index`. "present": which tokens of that entry are no padding.
     "visual", "features": what an earlier graph of the call carried with the activation that is input `index`. "stay", "made": what was
     chosen of the pictures in it, see `Chosen`.
     """
@@ -54,7 +56,7 @@ class Extra:
 class Produced:
     """A value that a rewritten graph returns beside the traced outputs.
 
-    "positions", "length", "groups" or "sinks" of the cache entries `outputs`; "state", "seen" and "held" of what stands for them
+    "positions", "length", "padded", "groups" or "sinks" of the cache entries `outputs`; "state", "seen" and "held" of what stands for them
     (`codegen.recurrence`); "visual" and "features" of the activations `outputs`, "stay" and "made" of the pictures in them. "kept",
     "length" and "holders" of the tokens that `sites` see; "routed", what a router in front of one is given.
     """
@@ -100,12 +102,14 @@ class ProgramLowering:
         self.lowered: set[str] = set()
         self.bodies: set[fx.Node] = set()
         self.states = StateCaches(self)
-        self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter, allowed.data_sizes)
+        self.present = PresentKeys(self.graph, self._left, self._present)
+        self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter, allowed.data_sizes, self.present)
         self.chosen: dict[int, tuple[Choice, int | None]] = {}
         self.added_outputs: list[fx.Node | int] = []
         self.lost: dict[int, str] = {}
         self.marked: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._masks: dict[fx.Node, fx.Node] = {}
+        self._presents: dict[int, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
         self._read_sites: dict[str, tuple[Site, Given]] = {}
         self.output = next(node for node in self.graph.nodes if node.op == "output")
@@ -177,7 +181,7 @@ class ProgramLowering:
         if LOG_SIZE in _reads(site.body):
             given[LOG_SIZE] = self.selections.sizes.stand_in(entry)
         if PRESENT in _reads(site.body):
-            given[PRESENT] = self._unmarked(entry) if entry.site.fixed else self.selections.present.stand_in(entry)
+            given[PRESENT] = self.present.of(entry)
         for name, (node, axes) in self._read_sites[site.name][1].items():
             with self.graph.inserting_before(entry.region.output):
                 index = tuple(slice(None) if axis in axes else 0 for axis in "bhij")
@@ -191,17 +195,6 @@ class ProgramLowering:
                 self._require_notes(site.name)
                 self.produced.append(Produced(groups[0].noted, outputs))
                 self.added_outputs.append(lowered[groups[0].result])
-
-    def _unmarked(self, entry: Found) -> fx.Node:
-        """[B, M] bool: in which places of a site's KV cache of fixed length there is no token that left."""
-        write = entry.writes[0]
-        if len(entry.writes) > 1 or hinted_shape(write.node)[2] != entry.region.sizes["Nk"]:
-            raise ModelCallError(
-                f"{entry.site.name} reads a part of a KV cache of fixed length that visual tokens left, which is not followed: use a cache "
-                "that grows with the tokens"
-            )
-        with self.graph.inserting_after(write.node):
-            return traced(self.graph.call_function(unmarked, (write.node,)))
 
     def _require_every_key(self, site: Site, grouping: Grouping) -> None:
         """Keys are sorted into groups by all tokens of a prompt, and what a KV cache notes of groups counts all of them."""
@@ -256,7 +249,7 @@ class ProgramLowering:
         """What the note of the input `index` says."""
         return self._extra(Extra(kind, index=index))
 
-    def returns(self, values: Mapping[str, fx.Node], outputs: tuple[int, ...]) -> None:
+    def returns(self, values: Mapping[str, fx.Node | int], outputs: tuple[int, ...]) -> None:
         """Return beside the outputs what is known of them, by kind."""
         for kind, node in values.items():
             self.produced.append(Produced(kind, outputs))
@@ -303,7 +296,8 @@ class ProgramLowering:
                 short |= {results[index] for index in entries_of(results, operand.node)}
                 self.lost.update(dict.fromkeys(parts_of(results, operand.node), entry.site.name))
         self.selections.run()
-        seeds = {**self.selections.seeds, **self._short_caches()}
+        caches = self._short_caches()
+        seeds = {**self.selections.seeds, **caches, **self.present.seeds(caches)}
         if not seeds:
             return
         writes = cache_writes(self.graph)
@@ -311,21 +305,28 @@ class ProgramLowering:
             asked = self.program.token_operations()
             self._require_notes(asked[0].by if asked else "token_exit")
         pushed = push_selections(self.graph, seeds, frozenset(short), self.selections.streams, frozenset(write.node for write in writes))
-        caches = {node for write in writes if write.node in pushed.marked for node in (write.cache, write.node)}
-        outputs, inputs = (tuple(index for index, node in enumerate(nodes) if node in caches) for nodes in (results, self.placeholders))
+        fixed = {node for write in writes if write.node in pushed.marked for node in (write.cache, write.node)}
+        outputs, inputs = (tuple(index for index, node in enumerate(nodes) if node in fixed) for nodes in (results, self.placeholders))
         self.marked = outputs, inputs
         self.shapes = {node: self._kept_sizes(axes) for node, axes in pushed.axes.items()}
-        by_selection: dict[tuple[Any, Any], list[int]] = {}
-        for node, selection in pushed.short.items():
-            indices = [index for index, result in enumerate(self.output.args[0]) if result is node]
-            by_selection.setdefault((selection.positions, selection.length), []).extend(indices)
-        for (positions, length), indices in by_selection.items():
-            self.produced.append(Produced("positions", tuple(indices)))
-            self.added_outputs.append(positions)
-            self.produced.append(Produced("length", tuple(indices)))
-            self.added_outputs.append(length)
+        self._note_caches(pushed.short)
 
         self._tell_kept()
+
+    def _note_caches(self, short: Mapping[fx.Node, Selection]) -> None:
+        """Return which tokens the entries of KV caches hold, with marks in the places of padding."""
+        by_selection: dict[tuple[fx.Node, int | fx.Node, fx.Node | None], list[int]] = {}
+        results = list(self.output.args[0])
+        for node, selection in short.items():
+            indices = [index for index, result in enumerate(results) if result is node]
+            by_selection.setdefault((selection.positions, selection.length, selection.present), []).extend(indices)
+            if selection.present is not None:
+                with self.graph.inserting_before(self.output):
+                    marked = self.graph.call_function(marked_padding, (node, selection.present))
+                results = [marked if result is node else result for result in results]
+        self.output.args = (tuple(results),)
+        for (positions, length, present), indices in by_selection.items():
+            self.returns({"positions": positions, "length": length, **({} if present is None else {"padded": True})}, tuple(indices))
 
     def _tell_kept(self) -> None:
         """Return which tokens each site sees, for whoever asks."""
@@ -354,6 +355,18 @@ class ProgramLowering:
         kept = self.selections.kept
         return {axis: kept[selection.positions] for axis, selection in axes.items() if selection.positions in kept}
 
+    def _left(self, cache: fx.Node) -> bool:
+        """Whether tokens left an input that is a KV cache's entry, as its note says."""
+        note = self.notes.get(self.placeholders.index(cache))
+        return note is not None and note.positions is not None
+
+    def _present(self, cache: fx.Node) -> fx.Node:
+        """bool [B, K]: which tokens of such an entry are no padding."""
+        index = self.placeholders.index(cache)
+        if index not in self._presents:
+            self._presents[index] = self._extra(Extra("present", index=index))
+        return self._presents[index]
+
     def _short_caches(self) -> dict[fx.Node, dict[int, Selection]]:
         """Cache entries that earlier calls left short, as seeds."""
         seeds: dict[fx.Node, dict[int, Selection]] = {}
@@ -364,9 +377,12 @@ class ProgramLowering:
             if id(note.positions) not in shared:
                 positions = self._extra(Extra("positions", index=index))
                 length = self._extra(Extra("length", index=index))
-                with self.graph.inserting_after(length):
-                    kept = self.graph.call_method("size", (positions, 1))
-                shared[id(note.positions)] = Selection(positions=positions, length=length, kept=kept)
+                present = self._present(self.placeholders[index]) if note.padded else None
+                at = Cursor(self.graph, length if present is None else max(present, length))
+                kept = at.call_method("size", (positions, 1))
+                places = None if present is None else at.call(places_of_present, (positions, present, length))
+                selection = Selection(positions=positions, length=length, kept=kept, present=present, places=places)
+                shared[id(note.positions)] = selection
                 self.selections.kept[positions] = note.positions.shape[1]
             seeds[self.placeholders[index]] = {2: shared[id(note.positions)]}
         return seeds

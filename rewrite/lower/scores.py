@@ -11,17 +11,21 @@ from rewrite.ir.operations import Statistic
 from rewrite.ir.program import Program
 from rewrite.ir.selection import PRESENT, Drawn, Exit, Handed, Irrelevant, Pooled, Received, Select, Spread, TokenOperation
 from rewrite.lower.cursor import Cursor, Number, behind_inputs
-from rewrite.lower.lowering import lower_operand, lower_statistic
-from rewrite.lower.stand_ins import StandIns
+from rewrite.lower.lowering import lower_operand, lower_statistic, traced
+from rewrite.lower.present import PresentKeys
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.tokens import choose, rules
 
 
 class Scores:
-    """The scores of one program's choices, put into one graph."""
+    """The scores of one program's choices, put into one graph.
 
-    def __init__(self, graph: fx.Graph, recognition: Recognition, program: Program, present: StandIns) -> None:
+    told: by stack, which of the tokens that are left now are no padding, bool [B, K]; none where no token left, or rows keep as many.
+    """
+
+    def __init__(self, graph: fx.Graph, recognition: Recognition, program: Program, present: PresentKeys) -> None:
         self.graph, self.recognition, self.program, self.present = graph, recognition, program, present
+        self.told: dict[int, fx.Node] = {}
 
     def tower(self, one: Exit | Select) -> Found | None:
         """The site of a vision tower that scores visual tokens as the patches they were; None where the language model's own do."""
@@ -65,9 +69,20 @@ class Scores:
             return at.call(choose.received_as_one_head, (query, key, *rule.rows))
         statistic = Statistic("received", attends[0], "queries", rows=rule.rows)
         ahead = isinstance(one, Select) and one.place == "before" and site.stack == one.stack and site.layer == one.layer
-        copied = self._ahead(entry, stream, current, one) if ahead and stream is not None and current is not None else {}
-        given = {PRESENT: self.present.values[name]} if PRESENT in statistic.tensors() else {}
+        copied: dict[fx.Node, fx.Node] = {}
+        given = {PRESENT: self.present.operands[name]} if PRESENT in statistic.tensors() else {}
+        if ahead and stream is not None and current is not None:
+            copied = self._ahead(entry, stream, current, one)
+            given = {PRESENT: self._there(entry, stream)} if given else {}
         return lower_statistic(self.graph, statistic, entry.region, copied, given)
+
+    def _there(self, entry: Found, stream: fx.Node) -> fx.Node:
+        """bool [B, Nk]: which keys of a layer are no padding before tokens leave in front of it."""
+        now = self.told.get(entry.site.stack)
+        if now is None:
+            with self.graph.inserting_after(behind_inputs(self.graph, stream)):
+                now = traced(self.graph.call_function(choose.every_token_present, (stream,)))
+        return self.present.joined(entry, now)
 
     def _ahead(self, entry: Found, stream: fx.Node, current: fx.Node, one: Exit | Select) -> dict[fx.Node, fx.Node]:
         """Copies, right behind the stream, of what makes a layer's queries and keys: they see the tokens that leave in front of it."""

@@ -15,18 +15,20 @@ from torch import fx
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.operations import Parameter
 from rewrite.ir.program import Program
-from rewrite.ir.selection import ROUTER, Drawn, Exit, Handed, Irrelevant, Merge, Pooled, Received, Select, TokenOperation, first_layer
+from rewrite.ir.selection import ROUTER, Drawn, Exit, Handed, Merge, Pooled, Received, Routed, Select, TokenOperation, first_layer
 from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.fusing import attention_of, fuse_tokens
 from rewrite.lower.left import Left
 from rewrite.lower.merging import Merged, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
+from rewrite.lower.present import PresentKeys
+from rewrite.lower.rows import left_by_row
 from rewrite.lower.scores import Scores, rule_of
 from rewrite.lower.stacks import Stacks, of_patches
 from rewrite.lower.stand_ins import StandIns
 from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.tokens import choose, merging
+from rewrite.tokens import by_row, choose, merging
 from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.gather import gather_tokens, kept_positions, places_of_present
 from rewrite.tokens.placement import Selection
@@ -48,6 +50,7 @@ class Selections:
         visual: Callable[[Found], fx.Node],
         parameter: Callable[[str, Parameter], fx.Node],
         data_sizes: bool,
+        present: PresentKeys,
     ) -> None:
         self.graph, self.recognition, self.program = graph, recognition, program
         self.stacks = Stacks(recognition, program)
@@ -59,8 +62,8 @@ class Selections:
         self.routed: dict[str, fx.Node] = {}
         self.results: dict[str, fx.Node] = {}
         self.sizes = StandIns(graph, merging.no_log_size)
-        self.present = StandIns(graph, choose.every_token_present)
-        self.scores = Scores(graph, recognition, program, self.present)
+        self.present = present.new
+        self.scores = Scores(graph, recognition, program, present)
         self._cut: dict[fx.Node, fx.Node] = {}
         asked = [one for stack in self.stacks.numbers() for one in self.stacks.operations(stack)]
         self._places = {one: self.stacks.place(one) for one in asked}
@@ -102,6 +105,12 @@ class Selections:
             return Left(None, length, length, 0, 0, (tokens, 0, 0))
         merge = entry.merge
         assert merge is not None
+        if one.stack in self.program.by_row:
+            mask = self.visual(entry)
+            at = Cursor(self.graph, behind_inputs(self.graph, max(stream, mask)))
+            numbers, length = at.call(by_row.numbers_of, (mask,)), at.call_method("size", (stream, 1))
+            count = 0 if merge.source is None else math.prod(hinted_shape(merge.source)[:-1]) // batch
+            return Left(None, length, length, 0, numbers, (tokens, count, count))
         if merge.source is None:
             raise NotApplicableError(
                 f"{entry.site.name}: how many visual tokens there are cannot be read off the shapes at {merge.node.name}; "
@@ -201,6 +210,7 @@ class Selections:
         if readers:
             present.meta["example_value"] = value_of(stand_ins[readers[0]])
             self.present.values.update(dict.fromkeys(readers, present))
+            self.scores.told[one.stack] = present
             self.seeds[present] = {1: selection}
 
     def _patches(
@@ -241,46 +251,42 @@ class Selections:
         """Places of the text and of the visual tokens that stay among the tokens of `current`, and what is left then."""
         tokens, present, every = left.hints
         mask = self.visual(entry)
+        stay = self._stay(one, entry, score, at) if isinstance(one, Select) else None
+        if stay is not None and left.positions is not None:
+            raise NotApplicableError(f"{one.by} scores the patches of whole pictures, and some had left before: use it alone")
+        if one.stack in self.program.by_row:
+            return left_by_row(one, left, mask, current, score, stay, lambda visual: self._routed(one, entry, visual, current, at), at)
         if left.positions is not None:
             mask = at.call(gather_tokens, (mask, left.positions, 1))
         number: Number
-        if isinstance(one, Exit) and one.when is None:
+        if isinstance(one, Exit):
             number, hint, leaves = 0, 0, mask
-        elif isinstance(one, Exit):
-            # What it costs is told as if they stayed.
-            number, hint = self._staying(one, entry, mask, current, score, left, at), present
-            leaves = at.call(choose.visual_leaving_all, (mask, number))
+        elif stay is not None:
+            share = stay.share
+            number = at.combine(operator.floordiv, at.combine(operator.mul, share.numerator, left.visual), share.denominator)
+            hint = share.numerator * present // share.denominator
+            leaves = at.call(choose.visual_leaving_by_picture, (mask, stay.mask))
         else:
-            stay = self._stay(one, entry, score, at)
-            if stay is not None:
-                if left.positions is not None:
-                    raise NotApplicableError(f"{one.by} scores the patches of whole pictures, and some had left before: use it alone")
-                share = stay.share
-                number = at.combine(operator.floordiv, at.combine(operator.mul, share.numerator, left.visual), share.denominator)
-                hint = share.numerator * present // share.denominator
-                leaves = at.call(choose.visual_leaving_by_picture, (mask, stay.mask))
+            number = at.call(choose.number_kept, (left.visual, left.every, one.count.keep, one.count.rounding, one.count.of == "all"))
+            hint = one.count.number(present, every)
+            if score is None:
+                leaves = at.call(choose.visual_leaving_spread, (mask, current, left.visual, number))
             else:
-                number = at.call(choose.number_kept, (left.visual, left.every, one.count.keep, one.count.rounding, one.count.of == "all"))
-                hint = one.count.number(present, every)
-                if score is None:
-                    leaves = at.call(choose.visual_leaving_spread, (mask, current, left.visual, number))
-                else:
-                    leaves = at.call(choose.visual_leaving, (mask, score, number))
+                leaves = at.call(choose.visual_leaving, (mask, score, number))
         kept = at.combine(operator.add, at.combine(operator.sub, left.kept, left.visual), number)
         chosen = at.call(kept_positions, (leaves, kept))
         positions = chosen if left.positions is None else at.call(choose.composed_positions, (left.positions, chosen))
         return chosen, Left(positions, left.length, kept, number, left.every, (tokens - present + hint, hint, every))
 
-    def _staying(self, one: Exit, entry: Found, mask: fx.Node, current: fx.Node, score: fx.Node | None, left: Left, at: Cursor) -> fx.Node:
-        """How many visual tokens stay where the data decide whether they leave."""
-        if isinstance(one.when, Irrelevant):
-            return at.call(choose.visual_staying, (mask, score, left.visual, one.when.below))
-        assert one.when is not None
+    def _routed(self, one: Exit | Select, entry: Found, visual: fx.Node, current: fx.Node, at: Cursor) -> fx.Node:
+        """bool [B]: what the router in front of a layer says; visual: bool [B, N], which tokens of `current` are visual."""
+        assert isinstance(one, Exit)
+        assert isinstance(one.when, Routed)
         shapes = zip(ROUTER, ((one.when.width, 2 * hinted_shape(current)[2]), (2, one.when.width), (1,)), strict=True)
         added = [self.parameter(f"{entry.site.name}.{name}", Parameter(name, shape, trainable=False)) for name, shape in shapes]
-        features = at.call(choose.routed_features, (mask, current))
+        features = at.call(choose.routed_features, (visual, current))
         self.routed[entry.site.name] = features
-        return at.call(choose.visual_staying_routed, (features, *added, left.visual))
+        return at.call(choose.routed_to_leave, (features, *added))
 
     def _stay(self, one: Select, entry: Found, score: fx.Node | None, at: Cursor) -> Stay | None:
         """Which patches of pictures stay, and the text made of them; None where the language model scores its own tokens."""

@@ -29,7 +29,8 @@ class StandIns:
         return node
 
     def put(self) -> None:
-        """The values in the place of what stood in for them."""
+        """The values in the place of what stood in for them; where no token left, that is the value itself."""
         for name, node in self.nodes.items():
-            node.replace_all_uses_with(self.values[name])
-            self.graph.erase_node(node)
+            if name in self.values:
+                node.replace_all_uses_with(self.values[name])
+                self.graph.erase_node(node)

@@ -170,11 +170,6 @@ def visual_leaving_spread(visual: Tensor, stream: Tensor, present: int, kept: in
     return visual & ~torch.zeros_like(visual).scatter(1, stay, True)
 
 
-def visual_staying(visual: Tensor, score: Tensor, present: int, below: float) -> int:
-    """How many of the `present` visual tokens of each row stay: none where all they receive, of `score` [B, N], is less in every row."""
-    return present if bool(((score * visual).sum(1) >= below).any()) else 0
-
-
 def routed_features(visual: Tensor, stream: Tensor) -> Tensor:
     """[B, 2C]: the mean of the tokens of `stream` [B, N, C] behind the last visual one, but the last (if there are any), and the last."""
     place = torch.arange(visual.shape[1], device=visual.device)
@@ -185,12 +180,7 @@ def routed_features(visual: Tensor, stream: Tensor) -> Tensor:
     return torch.cat([torch.where(count > 0, total / count.clamp(min=1), last), last], -1)
 
 
-def visual_staying_routed(features: Tensor, up: Tensor, down: Tensor, margin: Tensor, present: int) -> int:
-    """How many of the `present` visual tokens of each row stay: none where a router (`Routed`) lets those of every row go."""
+def routed_to_leave(features: Tensor, up: Tensor, down: Tensor, margin: Tensor) -> Tensor:
+    """bool [B]: of which rows a router (`Routed`) says that their visual tokens leave; features [B, 2C]."""
     stay, leave = functional.linear(functional.gelu(functional.linear(features, up)), down).unbind(-1)
-    return 0 if bool((leave + margin > stay).all()) else present
-
-
-def visual_leaving_all(visual: Tensor, kept: int) -> Tensor:
-    """bool [B, N]: the visual tokens that leave, all or none of them."""
-    return torch.zeros_like(visual) if kept else visual
+    return leave + margin > stay

@@ -1,4 +1,5 @@
-"""Tokens that left a KV cache of fixed length: a mark is in their places, and tells every later call that nothing is there.
+"""Tokens that left a KV cache of fixed length, or pad one whose rows kept different numbers: a mark is in their places, and tells every
+later call that nothing is there.
 
 A cache says so itself, so that it is known whatever becomes of it between calls: rows moved for beams, places written again, copies. A mark
 is a key that no model makes: numbers that every floating type holds, of alternating sign. It is found in the first head.
@@ -16,9 +17,17 @@ _CHANNELS = 16
 
 
 def with_marks(new: Tensor, positions: Tensor, length: int) -> Tensor:
-    """[B, H, length, D] with the tokens of `new` [B, H, K, D] at `positions` [B, K], and marks in all other places."""
+    """[B, H, length, D] with the tokens of `new` [B, H, K, D] at `positions` [B, K], and marks in all other places.
+
+    Tokens at position `length`, the padding of rows that keep fewer, are left out.
+    """
     marks = _mark(new).expand(*new.shape[:2], length, new.shape[3])
-    return scatter_tokens(new, positions, 2, length, into=marks)
+    return scatter_tokens(new, positions, 2, length, fused=True, into=marks)
+
+
+def marked_padding(entry: Tensor, present: Tensor) -> Tensor:
+    """A cache entry [B, H, K, D] with marks in the places of tokens that are not `present` [B, K]: padding of rows that keep fewer."""
+    return torch.where(present[:, None, :, None], entry, _mark(entry))
 
 
 def unmarked(cache: Tensor) -> Tensor:

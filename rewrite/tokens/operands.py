@@ -12,6 +12,7 @@ from torch import fx
 
 from rewrite.ir.errors import NotApplicableError
 from rewrite.tokens import rules
+from rewrite.tokens.by_row import joined_present
 from rewrite.tokens.edits import combine, full_size, insert_call, insert_gather_call, insert_lift, insert_restore_call, set_argument
 from rewrite.tokens.flow import Flow, Group, Label, Operand
 from rewrite.tokens.frozen import Frozen
@@ -122,15 +123,23 @@ class Operands:
         if whole is not None:
             return whole
         made = next((selection.made for selection in selected.values() if selection.made), None)
-        if any(selection.present is not None for selection in selected.values()):
-            refuse(flow.operands[0].node, "other tokens are joined with ones of which rows kept different numbers", "select without mass=")
         if made:
             refuse(flow.operands[0].node, f"other tokens are joined with ones of which some were {made}", _WITHOUT[made])
         if tuple(key) not in self.joined:
             positions = insert_call(flow.operands[0].node, join_positions, (parts, lengths))
             length, kept = (combine(positions, operator.add, sizes) for sizes in (lengths, kepts))
-            self.joined[tuple(key)] = Selection(positions, length, kept)
+            present = [None if (selection := selected.get(mark)) is None else selection.present for mark in flow.joined[0]]
+            joined = Selection(positions, length, kept)
+            if any(part is not None for part in present):
+                joined = self._hiding(joined, insert_call(flow.operands[0].node, joined_present, (present, positions, kepts)))
+            self.joined[tuple(key)] = joined
         return self.joined[tuple(key)]
+
+    @staticmethod
+    def _hiding(selection: Selection, present: fx.Node) -> Selection:
+        """The selection, some tokens of which are padding."""
+        places = insert_call(present, places_of_present, (selection.positions, present, selection.length))
+        return replace(selection, present=present, places=places)
 
     def _rejoined(self, flow: Flow, selected: Mapping[Label, Selection]) -> Selection | None:
         """The selection that a concatenation puts together again: the first tokens of an axis, and what is left of those behind them."""
@@ -171,9 +180,7 @@ class Operands:
         """The `inner` tokens of a selection, knowing which are padding."""
         if whole.present is None:
             return inner
-        present = insert_call(like, present_between, (whole.present, start, behind))
-        places = insert_call(like, places_of_present, (inner.positions, present, inner.length))
-        return replace(inner, present=present, places=places)
+        return self._hiding(inner, insert_call(like, present_between, (whole.present, start, behind)))
 
     def split_off(self, node: fx.Node) -> bool:
         """Make slices of a split that takes the first tokens of a selected axis, all left, from those behind them; whether it is one."""
@@ -199,14 +206,16 @@ class Operands:
             return None
         shape = shape_of(operand.node)
         (axis, selection), *_ = place.axes.items()
-        apart = not selection.made and selection.present is None
-        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1 and apart:
+        if len(group.ins) == 2 and len(group.outs) == 1 and group.ins[0] == batch and place.rows == 1 and not selection.made:
             assert place.batch is not None
             if selection.positions not in self.flat:
                 rows = full_size(operand.node, operand.node, place.batch, self.placements)
                 positions = insert_call(operand.node, flatten_positions, (selection.positions, selection.length))
                 length, kept = (combine(positions, operator.mul, [rows, size]) for size in (selection.length, selection.kept))
-                self.flat[selection.positions] = Selection(positions, length, kept)
+                flat = Selection(positions, length, kept)
+                if selection.present is not None:
+                    flat = self._hiding(flat, insert_call(operand.node, "reshape", (selection.present, (1, -1))))
+                self.flat[selection.positions] = flat
                 self.folded[positions] = selection, shape[place.batch], shape[axis]
             return group.outs[0], self.flat[selection.positions], None
         if len(group.ins) == 1 and len(group.outs) == 2 and selection.positions in self.folded and flow.sizes:
@@ -246,9 +255,10 @@ class Operands:
         as_traced = placement is not None and not placement.restored and placement.batch in (0, None) and placement.rows == 1
         if selection is None or not alone or not as_traced:
             refuse(node, "it writes selected tokens into a KV cache in a way that is not known", "use a cache that grows with the tokens")
-        if selection.made or selection.present is not None:
+        if selection.made:
             refuse(node, "a KV cache has no place for tokens that were made of several", "use a cache that grows with the tokens")
-        full = insert_call(node, with_marks, (value, selection.positions, selection.length), traced=example(value))
+        places = selection.places or selection.positions
+        full = insert_call(node, with_marks, (value, places, selection.length), traced=example(value))
         set_argument(node, ("args", place), full)
 
     def _with_zeros(self, node: fx.Node, value: fx.Node, place: Placement) -> fx.Node:

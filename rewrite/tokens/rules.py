@@ -90,15 +90,16 @@ CHOICES = frozenset(
         "fused_match",
         "matched",
         "patches_of_mass",
+        "places_of_present",
         "present_with_fused",
         "received_as_one_head",
         "routed_features",
+        "rows_leaving",
+        "rows_leaving_irrelevant",
+        "rows_leaving_spread",
         "visual_leaving",
-        "visual_leaving_all",
         "visual_leaving_by_picture",
         "visual_leaving_spread",
-        "visual_staying",
-        "visual_staying_routed",
     }
 )
 # what it cuts a stream with: the result has the tokens that were chosen

@@ -59,7 +59,7 @@ def visual_mask_node(graph: fx.Graph, merge: VisualMerge) -> fx.Node:
         if dims == 3:
             node = insert_call(node, "select", (node, -1, 0), traced=example(node).select(-1, 0))
         elif dims == 1:
-            ids = _rectangular(node)
+            ids = rectangular(node)
             assert ids is not None
             node = insert_call(node, "view_as", (node, ids), traced=example(node).view_as(example(ids)))
     if merge.inverted:
@@ -150,9 +150,9 @@ def _masked(node: fx.Node, embeddings: Any, mask: Any, source: Any, inverted: bo
     stream, marks = shape_of(embeddings), shape_of(mask)
     if not example(embeddings).is_floating_point():
         return None
-    rectangular = len(stream) == 3 and len(marks) in (2, 3) and marks[:2] == stream[:2]
-    flat = len(stream) == 2 and len(marks) == 1 and marks == stream[:1] and _rectangular(mask) is not None
-    if not rectangular and not flat:
+    by_row = len(stream) == 3 and len(marks) in (2, 3) and marks[:2] == stream[:2]
+    flat = len(stream) == 2 and len(marks) == 1 and marks == stream[:1] and rectangular(mask) is not None
+    if not by_row and not flat:
         return None
     in_place = rules.name_of(node) == "setitem" or rules.in_place(node)
     return VisualMerge(embeddings if in_place else node, mask, source if is_tensor(source) else None, embeddings, node, inverted)
@@ -176,7 +176,7 @@ def from_embedding(node: fx.Node) -> bool:
     return False
 
 
-def _rectangular(mask: fx.Node) -> fx.Node | None:
+def rectangular(mask: fx.Node) -> fx.Node | None:
     """The [B, N] node that a flat mask [B * N] was computed from, element by element."""
     current = mask
     while True:

@@ -1,0 +1,59 @@
+"""Visual tokens that leave where each row of a batch keeps a number of its own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+
+from torch import fx
+
+from rewrite.ir.selection import Exit, Irrelevant, Select
+from rewrite.lower.cursor import Cursor
+from rewrite.lower.left import Left
+from rewrite.lower.pictures import Stay
+from rewrite.recognise.operators import hinted_shape
+from rewrite.tokens import by_row, choose
+from rewrite.tokens.gather import gather_tokens
+
+
+def left_by_row(
+    one: Exit | Select,
+    left: Left,
+    mask: fx.Node,
+    current: fx.Node,
+    score: fx.Node | None,
+    stay: Stay | None,
+    routed: Callable[[fx.Node], fx.Node],
+    at: Cursor,
+) -> tuple[fx.Node, Left]:
+    """Places of what stays among the tokens of `current`, and what is left then.
+
+    mask: bool [B, N], the visual tokens among all. stay: of pictures, where their tower scores. routed: from the visual tokens of
+    `current`, what a router says of each row, bool [B].
+    """
+    here = mask if left.positions is None else at.call(gather_tokens, (mask, left.positions, 1))
+    visual = here if left.present is None else at.call_method("logical_and", (here, left.present))
+    tokens, present, every = left.hints
+    hint = present
+    if isinstance(one, Exit) and one.when is None:
+        leaving, hint = visual, 0
+    elif isinstance(one, Exit) and isinstance(one.when, Irrelevant):
+        leaving = at.call(by_row.rows_leaving_irrelevant, (visual, score, one.when.below))
+    elif isinstance(one, Exit):
+        leaving = at.call(by_row.rows_leaving_routed, (visual, routed(here)))
+    elif stay is not None:
+        leaving = at.call(choose.visual_leaving_by_picture, (visual, stay.mask))
+        hint = stay.share.numerator * present // stay.share.denominator
+    else:
+        numbers = at.call(by_row.numbers_of, (visual,))
+        kept = at.call(by_row.numbers_kept, (numbers, left.every, one.count.keep, one.count.rounding, one.count.of == "all"))
+        given = (visual, current, kept) if score is None else (visual, score, kept)
+        leaving = at.call(by_row.rows_leaving_spread if score is None else by_row.rows_leaving, given)
+        hint = one.count.number(present, every)
+    both = at.call(by_row.rows_that_stay, (leaving, left.present))
+    chosen, stays = (at.call(operator.getitem, (both, part)) for part in range(2))
+    positions = at.call(choose.composed_positions, (left.positions, chosen))
+    number = at.call_method("size", (positions, 1))
+    # One row has none beside it that keeps more.
+    padded = stays if hinted_shape(current)[0] > 1 else None
+    return chosen, Left(positions, left.length, number, 0, left.every, (tokens - present + hint, hint, every), present=padded)

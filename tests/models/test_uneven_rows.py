@@ -1,0 +1,246 @@
+"""Rows of one batch that hold different numbers of pictures, or none, and keep different numbers of visual tokens.
+
+The oracle is the original model on each row by itself, without padding and with the tokens that left masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from rewrite import ModelCallError, NotApplicableError, cached_tokens, kept_tokens
+from tests.models.architectures import IMAGE_TOKEN, TEXT_TOKENS, llava, rewritten, same_gradients
+from tests.models.oracles import Rule, Survivors, attention_replaced_by, best, visual_masked_from
+from tests.models.test_selection import TEXT
+from tests.models.test_selection_experts import mixture
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+PATCHES = 16
+# Pictures of each row, behind so many words each.
+PICTURES = (2, 0, 1, 3)
+WORDS = 5
+
+
+def prompts(pictures: tuple[int, ...] = PICTURES, words: int = WORDS) -> list[dict[str, torch.Tensor]]:
+    """Each row by itself, [1, N]."""
+    generator = torch.Generator().manual_seed(11)
+    rows: list[dict[str, torch.Tensor]] = []
+    for count in pictures:
+        ids = torch.randint(3, TEXT_TOKENS, (1, words + count * (PATCHES + words)), generator=generator)
+        for at in range(count):
+            start = words + at * (PATCHES + words)
+            ids[0, start : start + PATCHES] = IMAGE_TOKEN
+        row = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        rows.append({**row, "pixel_values": torch.randn(count, 3, 56, 56, generator=generator)} if count else row)
+    return rows
+
+
+def together(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The rows as one batch, padded on the left."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    padded = {
+        name: torch.cat([torch.nn.functional.pad(row[name], (longest - row[name].shape[1], 0)) for row in rows])
+        for name in ("input_ids", "attention_mask")
+    }
+    return {**padded, "pixel_values": torch.cat([row["pixel_values"] for row in rows if "pixel_values" in row])}
+
+
+def share(count: int, keep: float) -> int:
+    return int(count * keep + 0.5)
+
+
+def by_last_query(layer: int, keep: float, place: str = "behind") -> Callable[[Survivors, torch.Tensor], None]:
+    def put(oracle: Survivors, visual: torch.Tensor) -> None:
+        count = share(int(visual.sum()), keep)
+        rule: Rule = lambda weights, alive: (alive & ~visual) | best(weights[:, :, -1].mean(1), alive & visual, count)  # noqa: E731
+        getattr(oracle, place)[layer] = rule
+
+    return put
+
+
+def in_stages(oracle: Survivors, visual: torch.Tensor) -> None:
+    by_last_query(1, 0.5, "before")(oracle, visual)
+    by_last_query(3, 0.25, "before")(oracle, visual)
+
+
+def by_tower(oracle: Survivors, visual: torch.Tensor) -> None:
+    def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+        score = oracle.weights[1][:, :, 0, 1:].mean(1)
+        return alive & ~visual.masked_scatter(visual, ~best(score, torch.ones_like(score, dtype=torch.bool), 4))
+
+    oracle.before[0] = rule
+
+
+def all_leave(oracle: Survivors, visual: torch.Tensor) -> None:
+    oracle.before[2] = lambda weights, alive: alive & ~visual
+
+
+def irrelevant(below: float) -> Callable[[Survivors, torch.Tensor], None]:
+    def put(oracle: Survivors, visual: torch.Tensor) -> None:
+        def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
+            given = (weights[:, :, -1].mean(1) * visual).sum(1)
+            return alive & ~visual if bool((given < below).all()) else alive
+
+        oracle.behind.update(dict.fromkeys(range(3), rule))
+
+    return put
+
+
+# Between the relevances that the rows' pictures have in the layers, so that they leave in different ones.
+BELOW = 0.6
+SETTINGS: dict[str, Callable[[Survivors, torch.Tensor], None]] = {
+    "fastv(layer=2, drop=0.5)": by_last_query(1, 0.5),
+    "pyramid(layers=(1, 3), keep=0.5)": in_stages,
+    "cls_prune(keep=0.25)": by_tower,
+    "token_exit(layer=2)": all_leave,
+    f"token_exit(relevance={BELOW})": irrelevant(BELOW),
+}
+FASTV, PYRAMID, BY_TOWER, EXIT, RELEVANCE = SETTINGS
+
+
+def alone(row: dict[str, torch.Tensor], setting: str, call: Callable[..., Any]) -> tuple[Any, dict[int, torch.Tensor]]:
+    """One row by itself through the original, with what left masked; and what is left in each layer."""
+    if "pixel_values" not in row:
+        return call(**row), {}
+    oracle = Survivors(TEXT)
+    SETTINGS[setting](oracle, row["input_ids"] == IMAGE_TOKEN)
+    with torch.no_grad(), attention_replaced_by(oracle):
+        return call(**row), oracle.seen
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool((actual - expected).abs().max() <= 1e3 * torch.finfo(torch.float32).eps * expected.abs().max())
+
+
+def as_each_row_alone(changed: Any, model: Any, setting: str, rows: list[dict[str, torch.Tensor]]) -> list[int]:
+    """Logits of one call, and what is left, are those of each row by itself; how many visual tokens each keeps in the last layer."""
+    with torch.no_grad(), kept_tokens(changed) as kept:
+        actual = changed(**together(rows))
+    numbers: list[int] = []
+    for at, row in enumerate(rows):
+        expected, seen = alone(row, setting, model)
+        length = row["input_ids"].shape[1]
+        left = seen.get(3, torch.ones(1, length, dtype=torch.bool))[0]
+        assert torch.equal(list(kept.values())[-1].mask[at, -length:], left)
+        logits = actual.logits[at, -length:]
+        assert close(logits[left], expected.logits[0][left])
+        assert torch.count_nonzero(logits[~left]) == 0
+        numbers.append(int((left & (row["input_ids"][0] == IMAGE_TOKEN)).sum()))
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("setting", "implementation", "numbers"),
+    [
+        (FASTV, "sdpa", [16, 0, 8, 24]),
+        (PYRAMID, "eager", [8, 0, 4, 12]),
+        (BY_TOWER, "sdpa", [8, 0, 4, 12]),
+        (EXIT, "eager", [0, 0, 0, 0]),
+        (RELEVANCE, "sdpa", None),
+    ],
+)
+def test_forward(setting: str, implementation: str, numbers: list[int] | None) -> None:
+    """The same model takes batches of other pictures a row, and ones whose rows hold equally many."""
+    model = llava("sdpa")
+    changed = rewritten(llava(implementation), [setting], together(prompts((1, 1))))
+    kept = as_each_row_alone(changed, model, setting, prompts())
+    assert kept == numbers or (numbers is None and {0} < set(kept))
+    as_each_row_alone(changed, model, setting, prompts((0, 3)))
+    as_each_row_alone(changed, model, setting, prompts((2, 2)))
+
+
+@pytest.mark.parametrize(
+    ("setting", "options", "cache"),
+    [
+        (FASTV, {}, "dynamic"),
+        (PYRAMID, {}, "static"),
+        (BY_TOWER, {"num_beams": 3}, "dynamic"),
+        (EXIT, {"num_beams": 2}, "static"),
+        (RELEVANCE, {}, "dynamic"),
+    ],
+)
+def test_generate(setting: str, options: dict[str, Any], cache: str) -> None:
+    """Token for token what each row gives by itself."""
+    model, rows = llava("sdpa"), prompts()
+    inputs = together(rows)
+    changed = rewritten(llava("sdpa"), [setting], together(prompts((1, 1))))
+    actual = changed.generate(**inputs, **GREEDY, **options, cache_implementation=cache)[:, inputs["input_ids"].shape[1] :]
+    for at, row in enumerate(rows):
+        expected, _ = alone(row, setting, lambda **call: model.generate(**call, **GREEDY, **options))
+        assert torch.equal(actual[at], expected[0, row["input_ids"].shape[1] :]), at
+    assert not torch.equal(actual, model.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1] :])
+
+
+def test_turns_that_go_on_from_a_cache_with_padding() -> None:
+    """With further pictures, again of different numbers, and then a word."""
+    model, rows = llava("sdpa"), prompts((2, 0, 1))
+    changed = rewritten(llava("sdpa"), [EXIT], together(prompts((1, 1))))
+    second, third = prompts((1, 1, 0)), [{"input_ids": torch.tensor([[word]])} for word in (17, 23, 42)]
+    short = second[2]["input_ids"].shape[1]
+    second[2]["input_ids"] = torch.randint(3, TEXT_TOKENS, (1, second[0]["input_ids"].shape[1]))
+    assert short < second[2]["input_ids"].shape[1]
+    inputs = together(rows)
+    mask = inputs["attention_mask"]
+    with torch.no_grad():
+        cache = changed(**inputs).past_key_values
+        for turn in (second, third):
+            ids = torch.cat([row["input_ids"] for row in turn])
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1]), value=1)
+            pictures = {"pixel_values": torch.cat([row["pixel_values"] for row in turn if "pixel_values" in row])} if turn is second else {}
+            actual = changed(input_ids=ids, attention_mask=mask, past_key_values=cache, **pictures)
+            cache = actual.past_key_values
+    for at, row in enumerate(rows):
+        visual = torch.cat([row["input_ids"], second[at]["input_ids"]], 1) == IMAGE_TOKEN
+        with torch.no_grad(), visual_masked_from(model, 2, visual):
+            own = model(**row).past_key_values
+            for turn in (second, third):
+                pictures = {"pixel_values": turn[at]["pixel_values"]} if "pixel_values" in turn[at] else {}
+                expected = model(input_ids=turn[at]["input_ids"], past_key_values=own, **pictures)
+                own = expected.past_key_values
+        assert close(actual.logits[at], expected.logits[0])
+
+
+def test_loss_and_gradients() -> None:
+    model, rows = llava("sdpa").train(), prompts()
+    inputs = together(rows)
+    visual = inputs["input_ids"] == IMAGE_TOKEN
+    labels = inputs["input_ids"].masked_fill(visual | (inputs["attention_mask"] == 0), -100)
+    # What a visual token or padding predicts is nobody's answer: the tokens may have left.
+    labels[:, 1:][visual[:, :-1] | (inputs["attention_mask"][:, :-1] == 0)] = -100
+    changed = rewritten(llava("sdpa").train(), [EXIT], together(prompts((1, 1))))
+    loss = changed(**inputs, labels=labels).loss
+    loss.backward()
+    with visual_masked_from(model, 2, visual):
+        expected = model(**inputs, labels=labels).loss
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    same_gradients(changed, model)
+
+
+def test_experts_are_given_what_is_left() -> None:
+    """Rows and tokens lie on one axis there."""
+    model, inputs = mixture("mixtral"), together(prompts((2, 1)))
+    changed = rewritten(mixture("mixtral"), [EXIT], together(prompts((1, 1))))
+    visual = inputs["input_ids"] == IMAGE_TOKEN
+    with torch.no_grad(), visual_masked_from(model, 2, visual):
+        expected = model(**inputs)
+    with torch.no_grad():
+        actual = changed(**inputs)
+    left = ~visual & inputs["attention_mask"].bool()
+    assert close(actual.logits[left], expected.logits[left])
+    # The row of one picture has 16 tokens of padding that it does not need.
+    assert cached_tokens(actual.past_key_values) == [47, 47, 31, 31]
+
+
+def test_where_rows_must_keep_as_many() -> None:
+    """An attention that a pass made something else of has no place for padding, and neither has a compiled graph."""
+    rows = together(prompts((1, 2)))
+    both = rewritten(llava("sdpa"), ["lightning", "fastv(layer=2)"], together(prompts((1, 1))))
+    with pytest.raises(NotApplicableError, match=r"lightning makes something else.*the same number of visual tokens"), torch.no_grad():
+        both(**rows)
+    compiled = rewritten(llava("sdpa"), [EXIT], together(prompts((1, 1))), backend="aot_eager")
+    with pytest.raises(ModelCallError, match="same number"), torch.no_grad():
+        compiled(**rows)
