@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewrite.lower.cursor import Cursor, behind_inputs
 from rewrite.lower.program import Extra, Produced
+from rewrite.lower.relaid import elements_handed
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.recognise.streams import is_parameter, reaches
-from rewrite.tokens.chosen import GIVEN, Chosen, Given
+from rewrite.tokens.chosen import GIVEN, Chosen, Given, Held
 from rewrite.tokens.visual import CARRIED, VisualMerge, visual_mask_node, visual_merges
 
 
@@ -26,7 +28,8 @@ class Carried:
     """Known of an activation [B, N, C].
 
     visual: bool [B, N], the visual positions, and features: the vision features at them, of all rows together; None where there are none.
-    layers: names of the sites of its stack so far. chosen: of the patches [pictures, P, C] or [P, C], which ones a pass keeps.
+    layers: names of the sites of its stack so far. chosen: of the patches [pictures, P, C] or [P, C], or of what they were laid out to,
+    which ones a pass keeps.
     """
 
     visual: torch.Tensor | None = None
@@ -37,7 +40,7 @@ class Carried:
     @property
     def kind(self) -> tuple[object, ...]:
         """What a graph is rewritten by."""
-        chosen = None if self.chosen is None else (self.chosen.choice, self.chosen.made is not None)
+        chosen = None if self.chosen is None else (self.chosen.choice, self.chosen.made is not None, self.chosen.relaid)
         return (self.visual is not None, self.layers, chosen)
 
 
@@ -90,7 +93,7 @@ def receive(graph: fx.Graph, placeholders: Sequence[fx.Node], carried: Mapping[i
                         last = nodes[kind] = graph.placeholder(f"rewrite_{kind}_{index}")
                     last.meta["example_value"] = value
                     extras.append(Extra(kind, index=index))
-            placeholders[index].meta[GIVEN] = Given(known.chosen.choice, nodes["stay"], nodes.get("made"))
+            placeholders[index].meta[GIVEN] = Given(known.chosen.choice, nodes["stay"], nodes.get("made"), known.chosen.relaid)
         if known.visual is None or known.features is None or last is None:
             continue
         given = placeholders[index]
@@ -116,6 +119,23 @@ def hand_over(graph: fx.Graph, left: Sequence[Leaving]) -> list[Produced]:
         produced += [Produced("visual", tuple(outputs)), Produced("features", tuple(outputs))]
         output.args = ((*output.args[0], visual_mask_node(graph, merge), merge.source),)
     return produced
+
+
+def hand_on(graph: fx.Graph, recognition: Recognition) -> tuple[list[Produced], dict[int, Held]]:
+    """Make a graph that lays patches out anew return which elements of its results are of tokens that stay.
+
+    Gives what is returned beside the results, and of which result it says what.
+    """
+    produced: list[Produced] = []
+    held: dict[int, Held] = {}
+    output = next(node for node in graph.nodes if node.op == "output")
+    for index, found in recognition.relaid:
+        assert found.choice is not None
+        mask = elements_handed(found, Cursor(graph, behind_inputs(graph, found.node)))
+        output.args = ((*output.args[0], mask),)
+        produced.append(Produced("stay", (index,)))
+        held[index] = Held(found.choice, relaid=True)
+    return produced, held
 
 
 def continue_stacks(recognition: Recognition, carried: Mapping[fx.Node, Carried], depths: dict[str, int]) -> None:

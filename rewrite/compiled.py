@@ -143,7 +143,6 @@ class CompiledGraph:
         self.floating = [index for index, node in enumerate(self._placeholders()) if is_activation(node)]
         self.writes = cache_writes(self.graph_module.graph)
         self.masks = visual_masks(self.graph_module.graph)
-        self.streams = [index for index in self.floating if value_of(self._placeholders()[index]).ndim in (2, 3)]
 
     def _placeholders(self) -> list[fx.Node]:
         return [node for node in self.graph_module.graph.nodes if node.op == "placeholder"]
@@ -190,7 +189,7 @@ class CompiledGraph:
 
     def _carried(self, inputs: Sequence[Any]) -> dict[int, Carried]:
         call = self.current()
-        found = ((index, call.carried(inputs[index])) for index in self.streams)
+        found = ((index, call.carried(inputs[index])) for index in self.floating)
         return {index: known for index, known in found if known is not None}
 
     def _notes(self, inputs: Sequence[Any]) -> dict[int, tuple[torch.Tensor, Note]]:
@@ -256,8 +255,8 @@ class CompiledGraph:
             elif index in layers or index in chosen:
                 of_pictures = None
                 if index in chosen:
-                    choice, picture = chosen[index]
-                    of_pictures = Chosen(choice, known["stay"], known.get("made")).of(picture)
+                    held = chosen[index]
+                    of_pictures = Chosen(held.choice, known["stay"], known.get("made"), held.relaid).of(held.picture)
                 call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers.get(index, ()), of_pictures))
             else:
                 results[index] = self._noted(call, results[index], known)

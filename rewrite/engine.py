@@ -12,7 +12,7 @@ from torch import fx
 
 import codegen
 from rewrite.breaks import Break, break_of
-from rewrite.carried import Carried, continue_stacks, hand_over, leaving, missing, receive
+from rewrite.carried import Carried, continue_stacks, hand_on, hand_over, leaving, missing, receive
 from rewrite.cost import GraphCost, graph_cost
 from rewrite.graph_time import device_of, operator_costs
 from rewrite.ir.passes import Pass
@@ -28,7 +28,7 @@ from rewrite.recognise.operators import hinted_shape, module_path
 from rewrite.recognise.regions import NearMiss, find_regions, interior
 from rewrite.recognise.sites import Recognition, recognise
 from rewrite.recognise.writes import writes
-from rewrite.tokens.chosen import Choice
+from rewrite.tokens.chosen import Held
 from rewrite.tokens.layout import PatchEmbedding, patch_grid
 from rewrite.tokens.visual import visual_merges
 
@@ -84,8 +84,8 @@ class Known:
 class RewrittenGraph:
     """A rewritten graph and how it is called.
 
-    layers: by output, the sites of its stack that lie behind it. chosen: by output, the choice among the pictures whose patches it holds,
-    and which of these it is, None for all. marked: outputs, and inputs, that are KV caches of fixed length with marks in the places of
+    layers: by output, the sites of its stack that lie behind it. chosen: by output, how it holds patches of pictures that a pass chose
+    among. marked: outputs, and inputs, that are KV caches of fixed length with marks in the places of
     tokens that left. lost: by output, the site of which it is a part of a KV cache that some tokens left, and no later call can go on from.
     """
 
@@ -95,7 +95,7 @@ class RewrittenGraph:
     record: Record
     changed: bool
     layers: Mapping[int, tuple[str, ...]]
-    chosen: Mapping[int, tuple[Choice, int | None]]
+    chosen: Mapping[int, Held]
     marked: tuple[tuple[int, ...], tuple[int, ...]]
     lost: Mapping[int, str]
 
@@ -155,7 +155,8 @@ class Rewriter:
         patches = patch_grid(graph)
         work = self.lowering(self.allowed, module, placeholders, notes, recognition, program, extras)
         changed = work.run() if program.touched or program.choices or noted else False
-        produced = work.produced + hand_over(graph, left)
+        moved, held = hand_on(graph, recognition) if self.allowed.notes else ([], {})
+        produced = work.produced + moved + hand_over(graph, left)
         if changed or extras or produced:
             graph.eliminate_dead_code(is_impure_node=writes)
             graph.lint()
@@ -179,7 +180,7 @@ class Rewriter:
             keys_kept=work.states.declined,
         )
         layers = {one.output: one.layers for one in left}
-        return RewrittenGraph(module, work.extras, produced, record, changed, layers, work.chosen, work.marked, work.lost)
+        return RewrittenGraph(module, work.extras, produced, record, changed, layers, {**work.chosen, **held}, work.marked, work.lost)
 
     def _enclosed(self, module: fx.GraphModule, qualify: Callable[[str], str]) -> list[NearMiss]:
         """Attention in a body that an operator of the graph runs by itself, as gradient checkpointing does; it is left alone."""

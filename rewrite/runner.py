@@ -26,6 +26,7 @@ from rewrite.lower.program import Allowed
 from rewrite.names import Names
 from rewrite.notes import CacheNotes, Note, Slot, slots, storage_of
 from rewrite.observers import observers_aside
+from rewrite.relay import Relay
 from rewrite.states import Followed, is_stand_in, note_of, whole_entry
 from rewrite.watch import MergeWatch
 
@@ -71,6 +72,7 @@ class RunningCall:
     graphs: int = 0
     merged: bool = False
     handover: Handover = field(default_factory=Handover)
+    relay: Relay = field(default_factory=Relay)
     given: dict[int, torch.Tensor] = field(default_factory=dict)
     last_break: Break | None = None
 
@@ -83,13 +85,31 @@ class RunningCall:
             self.stand_ins[storage_of(value)] = (value if note.kept is None else note.kept, note)
 
     def carried(self, value: torch.Tensor) -> Carried | None:
-        return self.handover.read(value)
+        known = self.handover.read(value)
+        chosen = self.relay.shadows.read(value) if known is None else None
+        return known if chosen is None else Carried(chosen=chosen)
 
     def behind(self, value: torch.Tensor) -> str | None:
         return None if id(value) in self.given or self.last_break is None else str(self.last_break)
 
     def carry(self, value: torch.Tensor, known: Carried) -> None:
         self.handover.write(value, known)
+        if known.chosen is not None:
+            self.relay.follow(value, known.chosen)
+
+    def follow_given(self) -> None:
+        """Follow the patches of the arguments that an earlier call chose among."""
+        for tensor in self.given.values():
+            known = self.handover.read(tensor)
+            if known is not None and known.chosen is not None:
+                self.relay.follow(tensor, known.chosen)
+
+    def note_relaid(self, result: Any) -> None:
+        """Note on the tensors of a result which patches of them stay, for the call in which they enter a text."""
+        for slot in slots((result,)) if self.relay.shadows.by_memory else ():
+            chosen = self.relay.shadows.read(slot.tensor) if self.handover.read(slot.tensor) is None else None
+            if chosen is not None:
+                self.handover.write(slot.tensor, Carried(chosen=chosen))
 
     def keep(self, sites: tuple[str, ...], kept: KeptTokens) -> None:
         for asked in self.session.kept:
@@ -108,6 +128,7 @@ class RunningCall:
         self.graphs += 1
         self.merged |= record.merges
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.relay.aside())
             for mode in self.modes:
                 _python_dispatch._push_mode(mode)
                 stack.callback(_python_dispatch._pop_mode, getattr(mode, "_mode_key", None))
@@ -169,6 +190,7 @@ class Runner:
         try:
             with torch._dynamo.config.patch({**session.settings, **_LIMITS}), _room_for_frames(), observers_aside() as modes:
                 call.modes = modes
+                call.follow_given()
                 result = self.compiled(*arguments, **keywords)
         except torch._dynamo.exc.BackendCompilerFailed:
             failure, session.failure = session.failure, None
@@ -177,6 +199,7 @@ class Runner:
             raise failure from None
         finally:
             ACTIVE.call = None
+            call.relay.stop()
             for slot, put in replaced:
                 _take_back(slot, put)
         if not call.graphs:
@@ -184,6 +207,7 @@ class Runner:
                 "nothing of this call went through the compiler: torch.compile is switched off here (TORCH_COMPILE_DISABLE, "
                 "TORCHDYNAMO_DISABLE or torch.compiler.set_stance), so the model ran as it was; switch it on, or call the original model"
             )
+        call.note_relaid(result)
         if call.produced:
             session.notes.write((arguments, keywords, result), call.produced)
         return result

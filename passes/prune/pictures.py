@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from passes.prune.choice import applied, at_layer, keeps_all, reason_against_entry, stacks
-from rewrite.ir import APART, Count, Fits, Handed, Program, Received, Select, Site
+from rewrite.ir import APART, Count, Fits, Handed, Pooled, Program, Received, Select, Site
 
 # What a pass makes of one vision tower: (program, the last site that patches went through, stack of the text) -> what stays, or why all do.
 OfPictures = Callable[[Program, Site, int], Select | str]
@@ -22,8 +22,9 @@ def applied_by_pictures(program: Program, fits: Fits, by: str, choose: OfPicture
     for stack in stacks(program):
         program = applied(program, fits, stack, _selections(program, stack, by, choose), by)
         tower = next((site for site in program.sites if site.stack == stack and site.leaves), None)
-        if tower is not None and choose is not None and not isinstance(handed := _chosen(program, tower, stack, choose), str):
-            program = program.with_choice(handed)
+        if tower is not None and choose is not None:
+            handed = _chosen(program, tower, tower, stack, choose)
+            program = program.with_declined(tower, by, handed) if isinstance(handed, str) else program.with_choice(handed)
     return program
 
 
@@ -53,14 +54,21 @@ def _selections(program: Program, stack: int, by: str, choose: OfPictures | None
         return handed if entry.chosen == by else f"{entry.chosen} chose among its visual tokens where their vision tower ran"
     last = next((site for site in program.sites if site.name == entry.pictured), None)
     if last is None:
-        return f"its visual tokens are not the patches of a vision tower {APART}, one by one and in order"
-    chosen = _chosen(program, last, stack, choose)
+        told = f"its visual tokens are not the patches of a vision tower {APART}, one by one and in order"
+        return told if entry.unpictured is None else f"{told}: {entry.unpictured}"
+    chosen = _chosen(program, last, entry, stack, choose)
     return chosen if isinstance(chosen, str) else (chosen,)
 
 
-def _chosen(program: Program, last: Site, stack: int, choose: OfPictures) -> Select | str:
+def _chosen(program: Program, last: Site, held: Site, stack: int, choose: OfPictures) -> Select | str:
+    """What stays of the patches behind `last`; held: the site that says how they are held, of the tower or of the text."""
     selection = choose(program, last, stack)
     if isinstance(selection, str):
         return selection
+    if held.relaid and (selection.contextual is not None or isinstance(selection.rule, Pooled)):
+        return (
+            f"the patches of {last.name} are laid out anew before they are visual tokens, and it makes new features of them, which have no "
+            "place there; use a pass that keeps some as they are"
+        )
     read = [site for site in program.sites if site.name in selection.reads]
     return next((f"{site.name} is read, and {reason}" for site in read if (reason := READ.reason_against(site))), selection)

@@ -10,7 +10,7 @@ import sympy
 from rewrite.ir.errors import NotApplicableError
 from rewrite.ir.expression import B, J, read
 from rewrite.ir.operations import Attend
-from rewrite.ir.selection import LOG_SIZE, PRESENT, Exit, Merge, Pooled, Select, TokenOperation, first_layer, of_visual
+from rewrite.ir.selection import LOG_SIZE, PRESENT, Exit, Handed, Merge, Pooled, Select, TokenOperation, first_layer, of_visual
 from rewrite.ir.site import Site
 
 
@@ -63,10 +63,15 @@ class Program:
 
     def towers(self) -> frozenset[str]:
         """The last sites, in vision towers, of the patches that selections choose among as visual tokens of a text."""
+        chosen = self._chosen_apart()
+        return frozenset(site.pictured for site in self.sites if site.pictured is not None and site.stack in chosen)
+
+    def _chosen_apart(self) -> frozenset[int]:
+        """The stacks whose visual tokens are chosen as the patches that they were."""
         own = {(site.stack, site.name) for site in self.sites}
         selects = [one for one in self.selections if isinstance(one, Select)]
-        chosen = {one.stack for one in selects if isinstance(one.rule, Pooled) or any((one.stack, name) not in own for name in one.reads)}
-        return frozenset(site.pictured for site in self.sites if site.pictured is not None and site.stack in chosen)
+        apart = (one for one in selects if isinstance(one.rule, Handed | Pooled) or any((one.stack, name) not in own for name in one.reads))
+        return frozenset(one.stack for one in apart)
 
     def with_choice(self, choice: Select) -> Program:
         """This program with one more choice for a later graph. Raises `NotApplicableError` where pictures were chosen from before."""
@@ -91,12 +96,15 @@ class Program:
         return replace(self, sites=tuple(self._sized(site, merges) for site in self.sites))
 
     def counted(self, uneven: bool) -> Program:
-        """This program knowing in which stacks each row keeps a number of visual tokens of its own: where the data decide for each whether
-        its tokens leave, and everywhere if rows hold different numbers, `uneven`."""
+        """This program knowing in which stacks each row keeps a number of visual tokens of its own.
+
+        That is where the data decide for each whether its tokens leave, or patches that were laid out anew are chosen among, and everywhere
+        if rows hold different numbers, `uneven`.
+        """
         decided = {one.stack for one in self.exits if one.when is not None}
-        return replace(
-            self, by_row=frozenset(one.stack for one in self.token_operations() if of_visual(one) and (uneven or one.stack in decided))
-        )
+        relaid = self._chosen_apart() & {site.stack for site in self.sites if site.relaid}
+        asked = {one.stack for one in self.token_operations() if of_visual(one)}
+        return replace(self, by_row=frozenset(asked if uneven else asked & (decided | relaid)))
 
     def padded(self, several: Collection[int]) -> Program:
         """This program with every site behind a choice that keeps another number in each row hiding the keys that pad rows with fewer.
@@ -108,9 +116,9 @@ class Program:
 
     def _pads(self, one: Exit | Select, several: Collection[int]) -> bool:
         """Whether rows may keep different numbers of tokens in one operation."""
-        return (
-            one.stack in self.by_row and one.stack in several if of_visual(one) else isinstance(one, Select) and one.count.mass is not None
-        )
+        if of_visual(one):
+            return one.stack in self.by_row and one.stack in several
+        return isinstance(one, Select) and one.count.mass is not None
 
     def hiding(self, names: Collection[str]) -> Program:
         """This program with the named sites hiding keys that are not present: earlier calls took them out of a KV cache of fixed length, or

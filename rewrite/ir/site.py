@@ -83,7 +83,10 @@ class Site:
     pictured: where the sequence holds visual tokens that are the patches of a vision tower, in order, picture by picture: the name of the
         last attention that they went through there. None otherwise.
     chosen: where a pass chose among these patches when the tower ran, in an earlier graph: that pass, as text.
+    unpictured: where it holds visual tokens: why these are no patches to choose among, as far as that is known.
     leaves: the patches that leave this layer of a vision tower are one of the graph's results, one by one and in order.
+    relaid: these patches (`pictured`, `leaves`) were laid out anew since, with other tokens between them or some of them cut off, so that
+    they can leave and nothing else can take their place.
     """
 
     name: str
@@ -101,7 +104,9 @@ class Site:
     hides_later: bool = False
     pictured: str | None = None
     chosen: str | None = None
+    unpictured: str | None = None
     leaves: bool = False
+    relaid: bool = False
     fixed: bool = False
 
     @property

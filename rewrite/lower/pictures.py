@@ -39,7 +39,8 @@ def tower_output(read: Found, by: str) -> fx.Node:
 
 @dataclass(frozen=True)
 class Stay:
-    """Which patches stay. mask: bool [pictures, P], share: how much of them.
+    """Which patches stay. mask: bool [pictures, P], share: how much of them. relaid: they were laid out anew, and the mask is that of the
+    visual tokens, bool [n], of which another share may stay.
 
     output, features: what leaves the tower's layer, and what is to take its place; None where that is as it was.
     """
@@ -48,6 +49,7 @@ class Stay:
     share: Fraction
     output: fx.Node | None = None
     features: fx.Node | None = None
+    relaid: bool = False
 
 
 def pooled(rule: Pooled, read: Found, at: Cursor) -> Stay:

@@ -25,11 +25,12 @@ from rewrite.lower.lowering import lower_site, traced
 from rewrite.lower.mask_reading import Given, read_masks
 from rewrite.lower.present import PresentKeys
 from rewrite.lower.recurrence import StateCaches
+from rewrite.lower.relaid import elements_laid
 from rewrite.lower.selections import Selections
 from rewrite.notes import Note
 from rewrite.recognise.fixed_caches import cache_writes
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.tokens.chosen import Choice
+from rewrite.tokens.chosen import Choice, Held
 from rewrite.tokens.gather import places_of_present
 from rewrite.tokens.marks import marked_padding
 from rewrite.tokens.placement import Selection
@@ -104,7 +105,7 @@ class ProgramLowering:
         self.states = StateCaches(self)
         self.present = PresentKeys(self.graph, self._left, self._present)
         self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter, allowed.data_sizes, self.present)
-        self.chosen: dict[int, tuple[Choice, int | None]] = {}
+        self.chosen: dict[int, Held] = {}
         self.added_outputs: list[fx.Node | int] = []
         self.lost: dict[int, str] = {}
         self.marked: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
@@ -346,10 +347,14 @@ class ProgramLowering:
     def _choose(self, one: Select) -> None:
         """Return which patches of pictures stay in a later graph."""
         read, stay, made = self.selections.choose(one)
-        choice = Choice(one.by, read.site.name, stay.share)
-        self.chosen.update({index: (choice, picture) for index, picture in read.results})
+        choice = Choice(one.by, read.site.name, stay.share, made is not None)
+        self.chosen.update({index: Held(choice, picture) for index, picture in read.results})
         outputs = tuple(index for index, _ in read.results)
-        self.returns({"stay": stay.mask} if made is None else {"stay": stay.mask, "made": made}, outputs)
+        if outputs:
+            self.returns({"stay": stay.mask} if made is None else {"stay": stay.mask, "made": made}, outputs)
+        for index, found in read.relaid:
+            self.chosen[index] = Held(choice, relaid=True)
+            self.returns({"stay": elements_laid(found, stay.mask, Cursor(self.graph, max(stay.mask, found.node)))}, (index,))
 
     def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
         kept = self.selections.kept

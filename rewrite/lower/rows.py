@@ -12,7 +12,7 @@ from rewrite.lower.cursor import Cursor
 from rewrite.lower.left import Left
 from rewrite.lower.pictures import Stay
 from rewrite.recognise.operators import hinted_shape
-from rewrite.tokens import by_row, choose
+from rewrite.tokens import by_row, choose, kept_elements
 from rewrite.tokens.gather import gather_tokens
 
 
@@ -42,7 +42,8 @@ def left_by_row(
     elif isinstance(one, Exit):
         leaving = at.call(by_row.rows_leaving_routed, (visual, routed(here)))
     elif stay is not None:
-        leaving = at.call(choose.visual_leaving_by_picture, (visual, stay.mask))
+        of_all = at.call(kept_elements.stay_at_places, (visual, stay.mask)) if stay.relaid else stay.mask
+        leaving = at.call(choose.visual_leaving_by_picture, (visual, of_all))
         hint = stay.share.numerator * present // stay.share.denominator
     else:
         numbers = at.call(by_row.numbers_of, (visual,))

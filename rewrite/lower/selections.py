@@ -22,6 +22,7 @@ from rewrite.lower.left import Left
 from rewrite.lower.merging import Merged, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
 from rewrite.lower.present import PresentKeys
+from rewrite.lower.relaid import handed_anew, laid_anew
 from rewrite.lower.rows import left_by_row
 from rewrite.lower.scores import Scores, rule_of
 from rewrite.lower.stacks import Stacks, of_patches
@@ -254,6 +255,11 @@ class Selections:
         stay = self._stay(one, entry, score, at) if isinstance(one, Select) else None
         if stay is not None and left.positions is not None:
             raise NotApplicableError(f"{one.by} scores the patches of whole pictures, and some had left before: use it alone")
+        if stay is not None and stay.relaid and not self.data_sizes:
+            raise NotApplicableError(
+                f"{entry.site.name}: the patches that {one.by} chooses among are laid out anew before they are visual tokens, so that the "
+                "data say how many stay, which needs backend='eager'"
+            )
         if one.stack in self.program.by_row:
             return left_by_row(one, left, mask, current, score, stay, lambda visual: self._routed(one, entry, visual, current, at), at)
         if left.positions is not None:
@@ -290,6 +296,8 @@ class Selections:
 
     def _stay(self, one: Select, entry: Found, score: fx.Node | None, at: Cursor) -> Stay | None:
         """Which patches of pictures stay, and the text made of them; None where the language model scores its own tokens."""
+        if isinstance(one.rule, Handed) and entry.anew is not None:
+            return handed_anew(entry.anew, at)
         if isinstance(one.rule, Handed):
             given = [node.meta[GIVEN] for node in entry.given]
             for node, one_of_them in zip(entry.given, given, strict=True):
@@ -301,7 +309,7 @@ class Selections:
             return None
         stay = self._chosen(one, pictures, score, at)
         replace_features(stay, pictures.patches)
-        return stay
+        return stay if entry.anew is None else laid_anew(entry.anew, stay, at)
 
     def _chosen(self, one: Select, read: Found, score: fx.Node | None, at: Cursor) -> Stay:
         if isinstance(one.rule, Pooled):

@@ -21,17 +21,30 @@ def tower_of(source: fx.Node | None, regions: Iterable[tuple[str, Region]], layo
     None where they are not all patches of a grid, picture by picture in row-major order: joined with other tokens, reordered, or pooled.
     """
     patches = None if source is None else _pictures(source)
-    lies = None if patches is None else layouts.of(patches)
-    if patches is None or lies is None or lies.window is not None or lies.prefix or lies.suffix or not lies.raster:
+    if patches is None or not patches_behind(patches, layouts):
         return None
-    if len(hinted_shape(patches)) != 3 or hinted_shape(patches)[1] != lies.patches:
-        return None
+    tower = tower_behind(patches, regions, layouts)
+    return None if tower is None else (tower, patches)
+
+
+def patches_behind(node: fx.Node, layouts: TokenLayouts) -> bool:
+    """Whether a tensor holds pictures [pictures, P, C]: all patches of a grid in row-major order, and no other token."""
+    if len(shape_of(node)) != 3:
+        return False
+    lies = layouts.of(node)
+    whole = lies is not None and lies.window is None and not lies.prefix and not lies.suffix and lies.raster
+    return whole and lies is not None and hinted_shape(node)[1] == lies.patches
+
+
+def tower_behind(patches: fx.Node, regions: Iterable[tuple[str, Region]], layouts: TokenLayouts) -> str | None:
+    """The name of the last attention that pictures went through in their vision tower; None where there is none."""
+    lies = layouts.of(patches)
     behind, passed = _ancestors(patches), list[str]()
     for name, region in regions:
         at = layouts.of_operand(region.query.node, region.query.layout.steps(), axis=2)
-        if region.output in behind and at is not None and at.grid == lies.grid:
+        if region.output in behind and at is not None and lies is not None and at.grid == lies.grid:
             passed.append(name)
-    return (passed[-1], patches) if passed else None
+    return passed[-1] if passed else None
 
 
 def given_pictures(source: fx.Node | None) -> tuple[fx.Node, ...]:
@@ -41,10 +54,10 @@ def given_pictures(source: fx.Node | None) -> tuple[fx.Node, ...]:
         if rules.name_of(node) == "cat":
             parts: Any = rules.argument(node, 0, "tensors")
             first = rules.argument(node, 1, "dim", "axis", default=0) in (0, -2, -3) and len(shape_of(node)) == len(shape_of(parts[0]))
-            alike = {part.meta[GIVEN].choice if GIVEN in part.meta else None for part in parts}
+            alike = {part.meta[GIVEN].choice if GIVEN in part.meta and not part.meta[GIVEN].relaid else None for part in parts}
             return tuple(parts) if first and len(alike) == 1 and None not in alike else ()
         node = _before(node)
-    return () if node is None else (node,)
+    return () if node is None or node.meta[GIVEN].relaid else (node,)
 
 
 def pictures_of(result: Any) -> tuple[fx.Node | None, int | None]:

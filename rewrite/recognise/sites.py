@@ -21,12 +21,14 @@ from rewrite.recognise.operators import hinted_shape, module_path
 from rewrite.recognise.pictured import given_pictures, pictures_of, tower_of
 from rewrite.recognise.region import Region
 from rewrite.recognise.regions import NearMiss, find_regions
+from rewrite.recognise.relaid import LaidAnew, Relaying
 from rewrite.recognise.streams import cache_entries, reaches, residual_stream, self_source
 from rewrite.recognise.verify import structure, verify
 from rewrite.recognise.writes import overwritten, remaining_writes
 from rewrite.tokens import layout as tokens
 from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.layout import TokenLayouts
+from rewrite.tokens.placement import is_tensor
 from rewrite.tokens.visual import VisualMerge, visual_merges
 
 
@@ -36,8 +38,9 @@ class Found:
 
     patches: [pictures, P, C], where a site is the last that the visual tokens of a text went through in a vision tower: those tokens, or
     what becomes of them in a later graph. results: where that is so, which of the graph's outputs have which picture; None for all.
-    given: of a text, the inputs that hold the patches, where a pass chose among these in an earlier graph. writes: of its keys into a KV
-    cache of fixed length.
+    given: of a text, the inputs that hold the patches, where a pass chose among these in an earlier graph. anew: of a text, how its visual
+    tokens were laid out of patches, where they are not these one by one. relaid: of a tower, the graph's results likewise. writes: of its
+    keys into a KV cache of fixed length.
     """
 
     site: Site
@@ -49,15 +52,21 @@ class Found:
     patches: fx.Node | None = None
     results: tuple[tuple[int, int | None], ...] = ()
     given: tuple[fx.Node, ...] = ()
+    anew: LaidAnew | None = None
+    relaid: tuple[tuple[int, LaidAnew], ...] = ()
     writes: tuple[CacheWrite, ...] = ()
 
 
 @dataclass
 class Recognition:
-    """The sites of a graph, and what was not recognised."""
+    """The sites of a graph, and what was not recognised.
+
+    relaid: which of the graph's results patches were laid out to that an earlier graph chose among.
+    """
 
     found: list[Found] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
+    relaid: list[tuple[int, LaidAnew]] = field(default_factory=list)
 
     @property
     def program(self) -> Program:
@@ -109,44 +118,72 @@ def recognise(
         name = path if taken[path] == 1 else f"{path}:{taken[path]}"
         recognition.found.append(_place(region, name, inputs, merges, stacks, layouts, has_visual_cache))
     depth = Counter(entry.site.stack for entry in recognition.found)
-    towers = {merge.node: tower_of(merge.source, [(e.site.name, e.region) for e in recognition.found], layouts) for merge in merges}
+    named = [(entry.site.name, entry.region) for entry in recognition.found]
+    towers = {merge.node: tower_of(merge.source, named, layouts) for merge in merges}
+    relaying = Relaying(graph, named, layouts)
     for name, patches in filter(None, towers.values()):
         recognition.by_name(name).patches = patches
     for entry in recognition.found:
         tower = towers[entry.merge.node] if entry.merge is not None else None
         entry.site = replace(entry.site, depth=depth[entry.site.stack], pictured=tower[0] if tower else None)
-        entry.given = given_pictures(entry.merge.source) if entry.merge is not None and tower is None else ()
+        if entry.merge is None or tower is not None:
+            continue
+        entry.given = given_pictures(entry.merge.source)
         if entry.given:
             choice = entry.given[0].meta[GIVEN].choice
             entry.site = replace(entry.site, pictured=choice.site, chosen=choice.by)
-    if not any(towers.values()):
-        _leaving_pictures(graph, recognition, layouts)
+        elif entry.merge.source is not None:
+            _pictured_anew(entry, relaying.of(entry.merge.source), recognition)
+    if not any(entry.patches for entry in recognition.found):
+        _leaving_pictures(graph, recognition, relaying)
     return recognition
 
 
-def _leaving_pictures(graph: fx.Graph, recognition: Recognition, layouts: TokenLayouts) -> None:
+def _pictured_anew(entry: Found, found: LaidAnew | str | None, recognition: Recognition) -> None:
+    """Note how the visual tokens of a text were laid out of patches."""
+    if not isinstance(found, LaidAnew):
+        entry.site = replace(entry.site, unpictured=found)
+        return
+    choice = found.choice
+    if choice is not None and choice.remakes:
+        told = f"{choice.by} makes new features of patches, which have no place where these are laid out anew; use a pass that keeps some"
+        entry.site = replace(entry.site, unpictured=told)
+        return
+    entry.anew = found
+    entry.site = replace(entry.site, pictured=found.tower, chosen=None if choice is None else choice.by, relaid=True)
+    if choice is None:
+        recognition.by_name(found.tower).patches = found.sources[0]
+
+
+def _leaving_pictures(graph: fx.Graph, recognition: Recognition, relaying: Relaying) -> None:
     """Note where the patches of pictures leave a graph: of each tower, those that went through most of its layers."""
     results = next(node for node in graph.nodes if node.op == "output").args[0]
-    regions = [(entry.site.name, entry.region) for entry in recognition.found]
-    towers: dict[fx.Node, str | None] = {}
+    towers: dict[fx.Node, str] = {}
     parts: dict[fx.Node, list[tuple[int, int | None]]] = {}
+    relaid: dict[fx.Node, list[tuple[int, LaidAnew]]] = {}
     for index, result in enumerate(results if isinstance(results, tuple | list) else ()):
-        whole, picture = pictures_of(result)
-        if whole is not None:
-            parts.setdefault(whole, []).append((index, picture))
-            if whole not in towers:
-                towers[whole] = (tower_of(whole, regions, layouts) or (None,))[0]
-    deepest: dict[int, Found] = {}
-    for whole, name in towers.items():
-        if name is None:
+        found = relaying.of(result) if isinstance(result, fx.Node) and is_tensor(result) else None
+        if not isinstance(found, LaidAnew):
             continue
+        if found.choice is not None:
+            recognition.relaid += [(index, found)] * (result.op != "placeholder")
+            continue
+        patches = found.sources[0]
+        towers[patches] = found.tower
+        whole, picture = pictures_of(result)
+        if whole is patches:
+            parts.setdefault(patches, []).append((index, picture))
+        else:
+            relaid.setdefault(patches, []).append((index, found))
+    deepest: dict[int, Found] = {}
+    for patches, name in towers.items():
         entry = recognition.by_name(name)
         before = deepest.get(entry.site.stack)
-        if before is None or before.patches is None or (before.site.layer, before.patches) < (entry.site.layer, whole):
+        if before is None or before.patches is None or (before.site.layer, before.patches) < (entry.site.layer, patches):
             deepest[entry.site.stack] = entry
-            entry.patches, entry.results = whole, tuple(parts[whole])
+            entry.patches, entry.results, entry.relaid = patches, tuple(parts.get(patches, ())), tuple(relaid.get(patches, ()))
     for entry in deepest.values():
-        entry.site = replace(entry.site, leaves=True)
+        entry.site = replace(entry.site, leaves=True, relaid=bool(entry.relaid))
 
 
 class _Stacks:

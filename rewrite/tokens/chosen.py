@@ -17,11 +17,25 @@ class Choice:
     """What is known of a choice without its tensors.
 
     by: the pass. site: the last attention of the tower that the patches went through. share: how much of the patches of pictures stays.
+    remakes: those that stay have other features in the text than the model's own.
     """
 
     by: str
     site: str
     share: Fraction
+    remakes: bool = False
+
+
+@dataclass(frozen=True)
+class Held:
+    """How one of a graph's results holds patches. picture: it is this one among those that were chosen from; None is all.
+
+    relaid: they were laid out anew, and which stay is said element by element.
+    """
+
+    choice: Choice
+    picture: int | None = None
+    relaid: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,11 +43,14 @@ class Chosen:
     """The choice among the patches of an activation. stay: bool [pictures, P], or [P] of one picture [P, C].
 
     made: what a text gets in the place of the activation where the pass made something else of it; None for the activation itself.
+    relaid: the patches were laid out anew, and `stay` has the shape of the activation itself: True where an element is of a token that
+    stays.
     """
 
     choice: Choice
     stay: torch.Tensor
     made: torch.Tensor | None = None
+    relaid: bool = False
 
     def of(self, picture: int | None) -> Chosen:
         """That of one picture among them; None is all."""
@@ -49,3 +66,4 @@ class Given:
     choice: Choice
     stay: fx.Node
     made: fx.Node | None
+    relaid: bool = False

@@ -78,6 +78,17 @@ PIECES: MappingProxyType[str, tuple[int, int | None]] = MappingProxyType(
     {"chunk": (2, 0), "split": (2, 0), "split_with_sizes": (2, 0), "tensor_split": (2, 0), "narrow": (1, None), "roll": (2, None)}
 )
 
+# the elements of the first operand in other places, and no others; any other tensor is an index
+MOVES = frozenset(
+    _names("""
+    adjoint chunk expand expand_as flatten gather getattr getitem index_select movedim narrow permute ravel repeat repeat_interleave reshape
+    roll select split split_with_sizes squeeze t take_along_dim tensor_split transpose unbind unflatten unsqueeze view
+    """)
+)
+
+# the elements of several operands side by side
+JOINS = frozenset({"cat", "stack"})
+
 # positions matter on the last two axes
 TRIANGLES = frozenset({"tril", "triu"})
 
