@@ -52,7 +52,11 @@ class Shadows:
             every = torch.ones(memory.nbytes() // tensor.element_size(), dtype=torch.bool, device=tensor.device)
             shadow = Shadow(memory, _version(tensor), tensor.dtype, chosen.choice, every)
             self.by_memory[memory._cdata] = shadow
-        shadow.of(tensor).copy_(stay)
+        place, stay = shadow.of(tensor), stay.expand(tensor.shape)
+        for axis, stride in enumerate(tensor.stride()):
+            if stride == 0:  # one element in many places
+                place, stay = place.narrow(axis, 0, 1), stay.narrow(axis, 0, 1)
+        place.copy_(stay)
 
     def read(self, tensor: torch.Tensor) -> Chosen | None:
         """Which elements of a tensor are of tokens that stay; None where that is not known, or it was written into since."""

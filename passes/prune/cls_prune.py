@@ -24,7 +24,8 @@ from rewrite.ir import Count, Fits, Program, Select, Site, parameter, register_p
 class ClsPrune(PrunesPictures):
     """Of each picture's patches the share `keep` enters the language model, by the attention of CLS.
 
-    The vision tower must have a CLS token, and the visual tokens must be its patches one by one: not pooled, nor joined with others.
+    The vision tower must have a CLS token, and the visual tokens must be its patches: not pooled, nor joined with others. Where they were
+    laid out anew, some cut off as padding and others put between them, what was cut off is missing and what is no patch stays.
     """
 
     name = "cls_prune"

@@ -30,8 +30,8 @@ from rewrite.ir import Count, Crops, Fits, Program, Received, Select, Site, para
 class HiRed(PrunesPictures):
     """Of an image's patches the share `keep` enters the language model, shared out among a thumbnail and its crops.
 
-    The vision tower must be as `cls_prune` says, and each row of a batch must hold whole images. Models that lay the crops out anew before
-    they enter the text, with tokens that end lines between them, are left alone: their visual tokens are not the patches one by one.
+    The vision tower must be as `cls_prune` says, and each row of a batch must hold whole images, each with the crops that `crops` says. The
+    budget is that of all patches, also where some are cut off as padding before they enter the text.
     """
 
     name = "hired"

@@ -346,6 +346,11 @@ class ProgramLowering:
 
     def _choose(self, one: Select) -> None:
         """Return which patches of pictures stay in a later graph."""
+        if not self.allowed.notes:
+            raise NotApplicableError(
+                f"{one.by} chooses in this graph which patches stay in a later one, which torch.compile(backend='rewrite') has no place to "
+                "note; use rewrite(model, passes)"
+            )
         read, stay, made = self.selections.choose(one)
         choice = Choice(one.by, read.site.name, stay.share, made is not None)
         self.chosen.update({index: Held(choice, picture) for index, picture in read.results})

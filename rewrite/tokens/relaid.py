@@ -80,10 +80,10 @@ class Trail:
 
     def _laid(self, node: fx.Node, touched: list[fx.Node]) -> Laid | str | None:
         """What a node is that is given tensors with patches; None where it is made of none of their elements."""
-        name = rules.name_of(node)
-        if name in _LIKE or (name in _LIKE_ANOTHER and node.args[0] not in touched):
+        name, given = rules.name_of(node), node.args[0] if node.args else None
+        if name in _LIKE or (name in _LIKE_ANOTHER and given not in touched):
             return None
-        first, alone = self.laid[touched[0]], len(touched) == 1 and bool(node.args) and node.args[0] is touched[0]
+        first, alone = self.laid[touched[0]], len(touched) == 1 and given is touched[0]
         if rules.in_place(node):
             return f"{node.name} writes into them"
         if alone and name in rules.FOLLOWS_FIRST:

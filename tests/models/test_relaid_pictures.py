@@ -17,7 +17,7 @@ from rewrite import ModelCallError, NotApplicableError
 from tests.models.architectures import IMAGE_TOKEN, TEXT_TOKENS, rewritten
 from tests.models.oracles import Survivors, attention_replaced_by, best
 from tests.models.test_llava import GREEDY, visual_of
-from tests.models.test_selection import TEXT
+from tests.models.test_pictures import budgets
 
 SIDE, PATCH = 56, 14
 PATCHES = (SIDE // PATCH) ** 2
@@ -25,15 +25,19 @@ PATCHES = (SIDE // PATCH) ** 2
 WHOLE, NARROW, FLAT, SQUARE = (56, 112), (56, 84), (28, 112), (112, 112)
 
 
+# Two attentions of the tower, whose features are what the first layer gives, and two of the text.
+TEXT = (2, 3)
+
+
 def llava_next(implementation: str = "sdpa") -> Any:
     """A LLaVA-NeXT of the real architecture at a width that a CPU test affords; pictures are a thumbnail and two or four crops."""
     torch.manual_seed(0)
     text = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=200,
         max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0, initializer_range=0.15,
     )  # fmt: skip
     vision = transformers.CLIPVisionConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=PATCH,
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE, patch_size=PATCH,
         initializer_range=0.15,
     )  # fmt: skip
     config = transformers.LlavaNextConfig(
@@ -90,42 +94,89 @@ def by_cls(count: int) -> Any:
     """Of each picture the `count` patches that CLS looks at most, in the layer that the features come from."""
 
     def kept(weights: dict[int, torch.Tensor]) -> torch.Tensor:
-        score = weights[1][:, :, 0, 1:].mean(1)
+        score = weights[0][:, :, 0, 1:].mean(1)
         return best(score, torch.ones_like(score, dtype=torch.bool), count)
 
     return kept
 
 
-def same(actual: Any, expected: Any, oracle: Survivors, inputs: dict[str, torch.Tensor]) -> None:
-    assert oracle.alive is not None
-    real = oracle.alive & inputs["attention_mask"].bool()
-    assert real.sum() < inputs["attention_mask"].sum(), "no token left"
+def by_budget(rate: float, crops: tuple[int, int]) -> Any:
+    """HiRED's choice, as its text says, of one image; the early layer and the late one are the same."""
+
+    def kept(weights: dict[int, torch.Tensor]) -> torch.Tensor:
+        score = weights[0][:, :, 0, 1:].sum(1)
+        stays = torch.zeros_like(score, dtype=torch.bool)
+        for picture, count in enumerate(budgets(score[0].tolist(), rate, 0.5, crops, SIDE // PATCH, False)):
+            stays[picture, score[picture].topk(count).indices] = True
+        return stays
+
+    return kept
+
+
+def same(actual: Any, expected: Any, alive: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+    real = alive & inputs["attention_mask"].bool()
     scale = expected.logits[real].abs().max()
     assert (actual.logits - expected.logits)[real].abs().max() <= 1e3 * torch.finfo(torch.float32).eps * scale
+    assert torch.count_nonzero(actual.logits[~alive]) == 0
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_forward_of_a_batch_and_then_of_other_sizes(implementation: str) -> None:
+@pytest.fixture(scope="module")
+def halved() -> nn.Module:
     plain = llava_next()
-    inputs = prompts(plain, [WHOLE, WHOLE])
-    changed = rewritten(llava_next(implementation), ["cls_prune(keep=0.5)"], inputs)
-    for sizes in ([WHOLE, WHOLE], [NARROW], [FLAT], [SQUARE], [WHOLE], [NARROW], [SQUARE, SQUARE]):
-        given = prompts(plain, sizes)
-        oracle = oracle_of(plain, given, by_cls(PATCHES // 2))
-        with torch.no_grad():
-            with attention_replaced_by(oracle):
-                expected = plain(**given)
-            same(changed(**given), expected, oracle, given)
+    return rewritten(llava_next("eager"), ["cls_prune(keep=0.5)"], prompts(plain, [WHOLE, WHOLE]))
 
 
-@pytest.mark.parametrize("sizes", [[WHOLE, WHOLE], [NARROW], [FLAT]], ids=["whole", "narrow", "flat"])
-def test_token_for_token_in_generate(sizes: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("sizes", [[WHOLE, WHOLE], [NARROW], [SQUARE]], ids=["whole", "narrow", "square"])
+def test_forward(halved: nn.Module, sizes: list[tuple[int, int]]) -> None:
     plain = llava_next()
     inputs = prompts(plain, sizes)
-    changed = rewritten(llava_next(), ["cls_prune(keep=0.25)"], inputs)
-    oracle = oracle_of(plain, inputs, by_cls(PATCHES // 4))
-    with attention_replaced_by(oracle):
+    oracle = oracle_of(plain, inputs, by_cls(PATCHES // 2))
+    with torch.no_grad():
+        with attention_replaced_by(oracle):
+            expected = plain(**inputs)
+        assert oracle.alive is not None
+        assert not oracle.alive.all()
+        for _ in range(2):
+            same(halved(**inputs), expected, oracle.alive, inputs)
+
+
+def test_rows_that_keep_different_numbers_are_refused(halved: nn.Module) -> None:
+    inputs = prompts(llava_next(), [NARROW, NARROW])
+    with pytest.raises(ModelCallError, match="every row of a batch must hold the same number"), torch.no_grad():
+        halved(**inputs)
+
+
+@pytest.mark.parametrize("sizes", [[WHOLE, WHOLE], [FLAT]], ids=["whole", "flat"])
+def test_token_for_token_in_generate(halved: nn.Module, sizes: list[tuple[int, int]]) -> None:
+    plain = llava_next()
+    inputs = prompts(plain, sizes)
+    with attention_replaced_by(oracle_of(plain, inputs, by_cls(PATCHES // 2))):
         expected = plain.generate(**inputs, **GREEDY)
-    for model in (changed, changed, copy.deepcopy(changed)):
-        assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert torch.equal(halved.generate(**inputs, **GREEDY), expected)
     assert not torch.equal(plain.generate(**inputs, **GREEDY), expected)
+
+
+def test_budgets_of_crops_and_a_copy() -> None:
+    plain = llava_next()
+    inputs = prompts(plain, [FLAT])
+    changed = rewritten(llava_next(), ["hired(keep=0.4, crops=(1, 2))"], inputs)
+    oracle = oracle_of(plain, inputs, by_budget(0.4, (1, 2)))
+    with torch.no_grad():
+        with attention_replaced_by(oracle):
+            expected = plain(**inputs)
+        assert oracle.alive is not None
+        same(copy.deepcopy(changed)(**inputs), expected, oracle.alive, inputs)
+
+
+def test_nothing_changes_where_every_patch_stays() -> None:
+    plain = llava_next()
+    inputs = prompts(plain, [NARROW])
+    changed = rewritten(llava_next(), [f"cls_prune(keep={PATCHES})"], inputs)
+    with torch.no_grad():
+        assert torch.equal(changed(**inputs).logits, plain(**inputs).logits)
+
+
+def test_new_features_have_no_place() -> None:
+    told = "patches of model.vision_tower.* are laid out anew before they are visual tokens, and it makes new features of them"
+    with pytest.raises(NotApplicableError, match=told):
+        rewritten(llava_next(), ["matryoshka(tokens=4)"], prompts(llava_next(), [WHOLE]))

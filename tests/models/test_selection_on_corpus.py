@@ -32,6 +32,9 @@ PATCHES = {"evit": "evit(keep=0.6, layers=(0,), fuse=False)", "merge": "merge(r=
 # their grid; tokens of a detector behind the grid.
 CORE = {"dinov3-vit": ("evit",), "vit_base_patch16_siglip_224": ("merge",), "dpt": ("evit",), "yolos": ("evit",)}
 
+# Its tokens are the patches laid out anew, which has an oracle of its own: tests/models/test_relaid_pictures.py.
+ELSEWHERE = {("llava-next", "cls_prune")}
+
 # (name, pass) -> what the refusal says.
 REFUSED = {
     ("swin_tiny_patch4_window7_224", "merge"): "windows",
@@ -43,7 +46,8 @@ REFUSED = {
 def fitting(entry: Entry) -> tuple[str, ...]:
     """The passes whose tokens a model has."""
     visual = "input_ids" in entry.inputs(2) and any(group.visual for group in entry.sites)
-    return (*(VISUAL if visual else ()), *(PATCHES if any(group.grid and not group.window for group in entry.sites) else ()))
+    text = [one for one in VISUAL if visual and (entry.name, one) not in ELSEWHERE]
+    return (*text, *(PATCHES if any(group.grid and not group.window for group in entry.sites) else ()))
 
 
 def chosen() -> list[tuple[str, str]]:
