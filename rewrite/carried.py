@@ -19,7 +19,7 @@ from rewrite.lower.relaid import elements_handed
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.recognise.streams import is_parameter, reaches
-from rewrite.tokens.chosen import GIVEN, Chosen, Given, Held
+from rewrite.tokens.chosen import GIVEN, LOST, Chosen, Given, Held, Lost
 from rewrite.tokens.visual import CARRIED, VisualMerge, visual_mask_node, visual_merges
 
 
@@ -40,7 +40,8 @@ class Carried:
     @property
     def kind(self) -> tuple[object, ...]:
         """What a graph is rewritten by."""
-        chosen = None if self.chosen is None else (self.chosen.choice, self.chosen.made is not None, self.chosen.relaid)
+        one = self.chosen
+        chosen = None if one is None else (one.choice, one.made is not None, one.relaid, one.lost)
         return (self.visual is not None, self.layers, chosen)
 
 
@@ -85,7 +86,9 @@ def receive(graph: fx.Graph, placeholders: Sequence[fx.Node], carried: Mapping[i
     extras: list[Extra] = []
     last = placeholders[-1] if placeholders else None
     for index, known in carried.items():
-        if known.chosen is not None and last is not None:
+        if known.chosen is not None and known.chosen.lost is not None:
+            placeholders[index].meta[LOST] = Lost(known.chosen.choice, known.chosen.lost)
+        elif known.chosen is not None and last is not None:
             nodes: dict[str, fx.Node] = {}
             for kind, value in (("stay", known.chosen.stay), ("made", known.chosen.made)):
                 if value is not None:
@@ -131,6 +134,9 @@ def hand_on(graph: fx.Graph, recognition: Recognition) -> tuple[list[Produced], 
     output = next(node for node in graph.nodes if node.op == "output")
     for index, found in recognition.relaid:
         assert found.choice is not None
+        if isinstance(found, Lost):
+            held[index] = Held(found.choice, lost=found.reason)
+            continue
         mask = elements_handed(found, Cursor(graph, behind_inputs(graph, found.node)))
         output.args = ((*output.args[0], mask),)
         produced.append(Produced("stay", (index,)))

@@ -21,7 +21,7 @@ from rewrite.recognise.fixed_caches import cache_writes, from_start
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.uneven import rows_differ, visual_masks
 from rewrite.states import stand_in, with_note
-from rewrite.tokens.chosen import Chosen
+from rewrite.tokens.chosen import Chosen, Held
 from rewrite.tokens.marks import unmarked
 
 InnerBackend = str | Callable[..., Any]
@@ -242,7 +242,7 @@ class CompiledGraph:
             if "routed" in known:
                 call.route(sites[0], known["routed"])
         results = list(results)
-        for index in facts.keys() | layers.keys():
+        for index in facts.keys() | layers.keys() | chosen.keys():
             known = facts.get(index, {})
             if "state" in known:
                 # The results keep the real keys of a prompt whose mask no state can follow.
@@ -256,7 +256,7 @@ class CompiledGraph:
                 of_pictures = None
                 if index in chosen:
                     held = chosen[index]
-                    of_pictures = Chosen(held.choice, known["stay"], known.get("made"), held.relaid).of(held.picture)
+                    of_pictures = _chosen(held, known, results[index])
                 call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers.get(index, ()), of_pictures))
             else:
                 results[index] = self._noted(call, results[index], known)
@@ -282,6 +282,13 @@ class CompiledGraph:
             held = stand_in(note)
         call.produce(held, note)
         return held
+
+
+def _chosen(held: Held, known: Mapping[str, Any], result: torch.Tensor) -> Chosen:
+    """What is known of the patches in a result."""
+    if held.lost is not None:
+        return Chosen(held.choice, result.new_empty(0, dtype=torch.bool), lost=held.lost)
+    return Chosen(held.choice, known["stay"], known.get("made"), held.relaid).of(held.picture)
 
 
 def _function_of(module: fx.GraphModule) -> Callable[..., Any]:

@@ -24,13 +24,17 @@ aten = torch.ops.aten
 
 @dataclass
 class Shadow:
-    """Which elements of a tensor's memory are of tokens that stay: bool, one for each. memory: held, so that no other takes its place."""
+    """Which elements of a tensor's memory are of tokens that stay: bool, one for each. memory: held, so that no other takes its place.
+
+    lost: why there is no telling any more.
+    """
 
     memory: torch.UntypedStorage
     version: int
     dtype: torch.dtype
     choice: Choice
     stay: torch.Tensor
+    lost: str | None = None
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """That of the elements of a tensor in this memory."""
@@ -44,28 +48,40 @@ class Shadows:
     by_memory: dict[int, Shadow] = field(default_factory=dict)
 
     def put(self, tensor: torch.Tensor, chosen: Chosen) -> None:
-        """Note which patches of a tensor stay."""
-        stay = chosen.stay if chosen.relaid else chosen.stay[..., None]
-        shadow = self.of_memory(tensor)
-        if shadow is None or shadow.choice != chosen.choice:
+        """Note which patches of a tensor stay, or that there is no telling."""
+        shadow = self._at(tensor)
+        if shadow is None or shadow.choice != chosen.choice or self._changed(shadow, tensor):
             memory = tensor.untyped_storage()
             every = torch.ones(memory.nbytes() // tensor.element_size(), dtype=torch.bool, device=tensor.device)
             shadow = Shadow(memory, _version(tensor), tensor.dtype, chosen.choice, every)
             self.by_memory[memory._cdata] = shadow
-        place, stay = shadow.of(tensor), stay.expand(tensor.shape)
+        if chosen.lost is not None:
+            shadow.lost = chosen.lost
+            return
+        stay = (chosen.stay if chosen.relaid else chosen.stay[..., None]).expand(tensor.shape)
+        place = shadow.of(tensor)
         for axis, stride in enumerate(tensor.stride()):
             if stride == 0:  # one element in many places
                 place, stay = place.narrow(axis, 0, 1), stay.narrow(axis, 0, 1)
         place.copy_(stay)
 
     def read(self, tensor: torch.Tensor) -> Chosen | None:
-        """Which elements of a tensor are of tokens that stay; None where that is not known, or it was written into since."""
-        shadow = self.of_memory(tensor)
-        return None if shadow is None else Chosen(shadow.choice, shadow.of(tensor), relaid=True)
+        """Which elements of a tensor are of tokens that stay; None where it has no patches."""
+        shadow = self._at(tensor)
+        if shadow is None:
+            return None
+        lost = shadow.lost or self._changed(shadow, tensor)
+        if lost is not None:
+            return Chosen(shadow.choice, shadow.stay[:0], lost=lost)
+        return Chosen(shadow.choice, shadow.of(tensor), relaid=True)
 
-    def of_memory(self, tensor: torch.Tensor) -> Shadow | None:
-        shadow = self.by_memory.get(tensor.untyped_storage()._cdata) if _is_plain(tensor) else None
-        return shadow if shadow is not None and (shadow.version, shadow.dtype) == (_version(tensor), tensor.dtype) else None
+    def _at(self, tensor: torch.Tensor) -> Shadow | None:
+        return self.by_memory.get(tensor.untyped_storage()._cdata) if _is_plain(tensor) else None
+
+    @staticmethod
+    def _changed(shadow: Shadow, tensor: torch.Tensor) -> str | None:
+        same = (shadow.version, shadow.dtype) == (_version(tensor), tensor.dtype)
+        return None if same else "they were written into, or read as another type, between two graphs"
 
 
 class Relay(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -109,15 +125,21 @@ class Relay(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.start()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in _written(func, args, kwargs or {}):
-            self.shadows.by_memory.pop(value.untyped_storage()._cdata, None)
-        rule = _COPIES.get(func.overloadpacket)
-        if rule is None or not isinstance(result, torch.Tensor) or not _is_plain(result):
+        given = (args, kwargs or {})
+        known = [one for leaf in tree_leaves(given) if isinstance(leaf, torch.Tensor) and (one := self.shadows.read(leaf)) is not None]
+        result = func(*args, **given[1])
+        if not known or func.overloadpacket in _LIKE:
             return result
-        known = [one for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor) and (one := self.shadows.read(leaf)) is not None]
-        if known and len({one.choice for one in known}) == 1 and self.shadows.of_memory(result) is None:
-            self.shadows.put(result, Chosen(known[0].choice, rule(func, self._mask, args, kwargs or {}), relaid=True))
+        lost = next((one for one in known if one.lost is not None or one.choice != known[0].choice), None)
+        rule = _COPIES.get(func.overloadpacket) if lost is None else None
+        told = f"{func.overloadpacket} computes over them between two graphs" if lost is None or lost.lost is None else lost.lost
+        for value in _written(func, *given):
+            self.shadows.put(value, Chosen(known[0].choice, known[0].stay, lost=told))
+        for value in tree_leaves(result):
+            if not isinstance(value, torch.Tensor) or not _is_plain(value) or self.shadows.read(value) is not None:
+                continue
+            stay = known[0].stay if rule is None else rule(func, self._mask, *given)
+            self.shadows.put(value, Chosen(known[0].choice, stay, relaid=True, lost=told if rule is None else None))
         return result
 
     def _mask(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -147,6 +169,12 @@ def _padded(func: Any, mask: Mask, args: tuple[Any, ...], keywords: dict[str, An
     return kept_elements.elements_padded(mask(args[0]), args[1])
 
 
+# What reads of a tensor its size and type alone.
+_LIKE = frozenset(
+    {aten.empty_like, aten.full_like, aten.ones_like, aten.zeros_like, aten.rand_like, aten.randn_like}
+    | {aten.new_empty, aten.new_empty_strided, aten.new_full, aten.new_ones, aten.new_zeros}
+)
+
 # What copies elements into new memory and computes nothing; views stay in the memory that is known.
 _COPIES: dict[Any, Callable[[Any, Mask, tuple[Any, ...], dict[str, Any]], torch.Tensor]] = {
     **dict.fromkeys((aten.clone, aten._to_copy), _same),
@@ -163,7 +191,7 @@ def _written(func: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> list
     declared = func._schema.arguments
     given = {**{one.name: value for one, value in zip(declared, args, strict=False)}, **keywords}
     written = [given.get(one.name) for one in declared if one.alias_info is not None and one.alias_info.is_write]
-    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided]
+    return [leaf for leaf in tree_leaves(written) if isinstance(leaf, torch.Tensor) and _is_plain(leaf)]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

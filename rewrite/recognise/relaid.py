@@ -11,7 +11,7 @@ from rewrite.recognise.pictured import patches_behind, tower_behind
 from rewrite.recognise.region import Region
 from rewrite.recognise.streams import is_parameter
 from rewrite.tokens import rules
-from rewrite.tokens.chosen import GIVEN, Choice
+from rewrite.tokens.chosen import GIVEN, LOST, Choice, Lost
 from rewrite.tokens.layout import TokenLayouts
 from rewrite.tokens.placement import example, first_tensor, is_tensor
 from rewrite.tokens.relaid import Trail
@@ -43,23 +43,26 @@ class Relaying:
         self._trails: dict[frozenset[fx.Node], Trail] = {}
         self._towers: dict[fx.Node, str | None] = {}
         # Most graphs, as those of later tokens, hold no patches at all.
-        self._any = any(GIVEN in node.meta or self._patches(node) for node in graph.nodes)
+        self._any = any(_known(node) or self._patches(node) for node in graph.nodes)
 
-    def of(self, node: fx.Node) -> LaidAnew | str | None:
-        """How a tensor was laid out of patches; the reason why they are no patches any more, or None where it is made of none."""
+    def of(self, node: fx.Node) -> LaidAnew | Lost | None:
+        """How a tensor was laid out of patches, or why they are none any more; None where it is made of none."""
         behind = self._behind(node) if self._any else frozenset()
         if not behind:
             return None
         if behind not in self._trails:
-            self._trails[behind] = Trail(self.graph, {one: None if GIVEN in one.meta else _CHANNELS for one in behind})
+            lost = {one: one.meta[LOST].reason for one in behind if LOST in one.meta}
+            held = {one: None if GIVEN in one.meta else _CHANNELS for one in behind if one not in lost}
+            self._trails[behind] = Trail(self.graph, held, lost)
         trail = self._trails[behind]
         if node not in trail.laid:
-            return trail.ended.get(node)
+            before = next((one.meta.get(GIVEN, one.meta.get(LOST)) for one in behind if _known(one)), None)
+            return Lost(None if before is None else before.choice, trail.ended[node]) if node in trail.ended else None
         sources = tuple(one for one in trail.way_to(node) if one in behind)
         choices = {one.meta[GIVEN].choice if GIVEN in one.meta else None for one in sources}
         towers = {self._tower(one) if choice is None else choice.site for one in sources for choice in choices}
         if len(choices) > 1 or len(towers) > 1 or (None in choices and len(sources) > 1):
-            return "they are the patches of several towers, or of pictures that were chosen from by several passes"
+            return Lost(None, "they are the patches of several towers, or of pictures that were chosen from by several passes")
         return LaidAnew(node, trail, sources, str(towers.pop()), choices.pop())
 
     def _behind(self, node: fx.Node) -> frozenset[fx.Node]:
@@ -67,7 +70,7 @@ class Relaying:
         found, stack, seen = set[fx.Node](), [node], {node}
         while stack:
             current = stack.pop()
-            if GIVEN in current.meta or self._leaves(current):
+            if _known(current) or self._leaves(current):
                 found.add(current)
                 continue
             before = [one for one in _tensors(current) if one not in seen and not is_parameter(one)]
@@ -87,6 +90,11 @@ class Relaying:
 
     def _patches(self, node: fx.Node) -> bool:
         return is_tensor(node) and example(node).is_floating_point() and patches_behind(node, self.layouts)
+
+
+def _known(node: fx.Node) -> bool:
+    """Whether something is known of the patches of an input from an earlier graph."""
+    return GIVEN in node.meta or LOST in node.meta
 
 
 def _tensors(node: fx.Node) -> list[fx.Node]:

@@ -26,7 +26,7 @@ from rewrite.recognise.streams import cache_entries, reaches, residual_stream, s
 from rewrite.recognise.verify import structure, verify
 from rewrite.recognise.writes import overwritten, remaining_writes
 from rewrite.tokens import layout as tokens
-from rewrite.tokens.chosen import GIVEN
+from rewrite.tokens.chosen import GIVEN, Lost
 from rewrite.tokens.layout import TokenLayouts
 from rewrite.tokens.placement import is_tensor
 from rewrite.tokens.visual import VisualMerge, visual_merges
@@ -61,12 +61,12 @@ class Found:
 class Recognition:
     """The sites of a graph, and what was not recognised.
 
-    relaid: which of the graph's results patches were laid out to that an earlier graph chose among.
+    relaid: which of the graph's results patches were laid out to that an earlier graph chose among, or were computed of them.
     """
 
     found: list[Found] = field(default_factory=list)
     misses: list[NearMiss] = field(default_factory=list)
-    relaid: list[tuple[int, LaidAnew]] = field(default_factory=list)
+    relaid: list[tuple[int, LaidAnew | Lost]] = field(default_factory=list)
 
     @property
     def program(self) -> Program:
@@ -139,10 +139,10 @@ def recognise(
     return recognition
 
 
-def _pictured_anew(entry: Found, found: LaidAnew | str | None, recognition: Recognition) -> None:
+def _pictured_anew(entry: Found, found: LaidAnew | Lost | None, recognition: Recognition) -> None:
     """Note how the visual tokens of a text were laid out of patches."""
     if not isinstance(found, LaidAnew):
-        entry.site = replace(entry.site, unpictured=found)
+        entry.site = replace(entry.site, unpictured=None if found is None else found.reason)
         return
     choice = found.choice
     if choice is not None and choice.remakes:
@@ -162,11 +162,10 @@ def _leaving_pictures(graph: fx.Graph, recognition: Recognition, relaying: Relay
     parts: dict[fx.Node, list[tuple[int, int | None]]] = {}
     relaid: dict[fx.Node, list[tuple[int, LaidAnew]]] = {}
     for index, result in enumerate(results if isinstance(results, tuple | list) else ()):
-        found = relaying.of(result) if isinstance(result, fx.Node) and is_tensor(result) else None
-        if not isinstance(found, LaidAnew):
-            continue
-        if found.choice is not None:
-            recognition.relaid += [(index, found)] * (result.op != "placeholder")
+        found = relaying.of(result) if isinstance(result, fx.Node) and is_tensor(result) and result.op != "placeholder" else None
+        if found is not None and found.choice is not None and (isinstance(found, LaidAnew) or not recognition.found):
+            recognition.relaid.append((index, found))
+        if not isinstance(found, LaidAnew) or found.choice is not None:
             continue
         patches = found.sources[0]
         towers[patches] = found.tower
@@ -183,7 +182,7 @@ def _leaving_pictures(graph: fx.Graph, recognition: Recognition, relaying: Relay
             deepest[entry.site.stack] = entry
             entry.patches, entry.results, entry.relaid = patches, tuple(parts.get(patches, ())), tuple(relaid.get(patches, ()))
     for entry in deepest.values():
-        entry.site = replace(entry.site, leaves=True, relaid=bool(entry.relaid))
+        entry.site = replace(entry.site, leaves=True, relaid=not entry.results)
 
 
 class _Stacks:

@@ -8,8 +8,9 @@ from fractions import Fraction
 import torch
 from torch import fx
 
-# Where a placeholder's meta has the `Given` of the pictures that it holds.
+# Where a placeholder's meta has the `Given` of the pictures that it holds, or the `Lost` of what was computed of them.
 GIVEN = "rewrite_given"
+LOST = "rewrite_lost"
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,13 @@ class Choice:
 class Held:
     """How one of a graph's results holds patches. picture: it is this one among those that were chosen from; None is all.
 
-    relaid: they were laid out anew, and which stay is said element by element.
+    relaid: they were laid out anew, and which stay is said element by element. lost: why it cannot be said; the rest means nothing then.
     """
 
     choice: Choice
     picture: int | None = None
     relaid: bool = False
+    lost: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,28 @@ class Chosen:
 
     made: what a text gets in the place of the activation where the pass made something else of it; None for the activation itself.
     relaid: the patches were laid out anew, and `stay` has the shape of the activation itself: True where an element is of a token that
-    stays.
+    stays. lost: something was computed over the patches, so that none is a token any more; `stay` is empty then.
     """
 
     choice: Choice
     stay: torch.Tensor
     made: torch.Tensor | None = None
     relaid: bool = False
+    lost: str | None = None
 
     def of(self, picture: int | None) -> Chosen:
         """That of one picture among them; None is all."""
         if picture is None:
             return self
         return Chosen(self.choice, self.stay[picture], None if self.made is None else self.made[picture])
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Something was computed over patches, so that none is a token any more: why, and what was chosen of them, if that was done before."""
+
+    choice: Choice | None
+    reason: str
 
 
 @dataclass(frozen=True)

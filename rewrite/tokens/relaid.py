@@ -49,15 +49,16 @@ class Laid:
 class Trail:
     """What becomes of patches in a graph, from the tensors on that hold them.
 
-    sources: those tensors, with the axis of their channels where it is known. laid: every tensor (or tuple of tensors) that holds patches
+    sources: those tensors, with the axis of their channels where it is known. lost: tensors that were made of patches before, and why they
+    hold none. laid: every tensor (or tuple of tensors) that holds patches
     and nothing computed over them. ended: every other that was made of them, with the first reason.
     """
 
-    def __init__(self, graph: fx.Graph, sources: Mapping[fx.Node, int | None]) -> None:
+    def __init__(self, graph: fx.Graph, sources: Mapping[fx.Node, int | None], lost: Mapping[fx.Node, str]) -> None:
         self.laid = {node: Laid("source", node, channel) for node, channel in sources.items()}
-        self.ended: dict[fx.Node, str] = {}
+        self.ended = dict(lost)
         for node in graph.nodes:
-            if node in self.laid or node.op == "output" or first_tensor(node) is None:
+            if node in self.laid or node in self.ended or node.op == "output" or first_tensor(node) is None:
                 continue
             ended = next((self.ended[one] for one in node.all_input_nodes if one in self.ended), None)
             touched = [one for one in node.all_input_nodes if one in self.laid]

@@ -52,13 +52,24 @@ def test_movement(relay: Relay, move: Callable[..., torch.Tensor], training: boo
 
 
 @pytest.mark.parametrize(
-    "compute",
-    [lambda x: x + x.flip(0), lambda x: x.mean(1), lambda x: x @ x.mT, lambda x: x.softmax(1), lambda x: x.mul_(2.0)],
-    ids=["sum", "mean", "product", "softmax", "write"],
+    ("compute", "told"),
+    [
+        (lambda x: x + x.flip(0), "add"),
+        (lambda x: x.mean(1), "mean"),
+        (lambda x: x @ x.mT, "bmm"),
+        (lambda x: x.softmax(1), "softmax"),
+        (lambda x: x.mul_(2.0), "mul_"),
+        (lambda x: torch.zeros(2, 6, 4).copy_(x), "copy_"),
+    ],
+    ids=["sum", "mean", "product", "softmax", "write", "buffer"],
 )
-def test_what_is_computed_is_not_known(relay: Relay, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_what_is_computed_has_no_patches(relay: Relay, compute: Callable[[torch.Tensor], torch.Tensor], told: str) -> None:
     features = torch.randn(2, 6, 4)
     relay.follow(features, Chosen(CHOICE, torch.ones(2, 6, dtype=torch.bool)))
-    result = compute(features)
+    # What is no patch any more is not taken for a token of another kind.
+    result = torch.cat([compute(features).flatten(), torch.randn(3)])
     relay.stop()
-    assert relay.shadows.read(result) is None
+    found = relay.shadows.read(result)
+    assert found is not None
+    assert found.lost is not None
+    assert told in found.lost

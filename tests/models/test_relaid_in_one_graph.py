@@ -96,6 +96,13 @@ def test_movement_is_followed(packing: Any) -> None:
     assert torch.count_nonzero(actual[~oracle.alive]) == 0
 
 
+def test_nothing_changes_where_every_patch_stays() -> None:
+    inputs = llava_inputs()
+    changed = rewritten(packed(rows), [f"cls_prune(keep={SIDE * SIDE})"], inputs)
+    with torch.no_grad():
+        assert torch.equal(changed(**inputs).logits, packed(rows)(**inputs).logits)
+
+
 @pytest.mark.parametrize(
     ("packing", "one", "told"),
     [
