@@ -172,3 +172,20 @@ def test_new_features_have_no_place() -> None:
     told = "patches of model.vision_tower.* are laid out anew before they are visual tokens, and it makes new features of them"
     with pytest.raises(NotApplicableError, match=told):
         rewritten(llava_next(), ["matryoshka(tokens=4)"], prompts(llava_next(), [WHOLE]))
+
+
+def test_what_is_computed_of_patches_between_two_graphs_is_told() -> None:
+    model = llava_next()
+    packing = model.model.pack_image_features
+
+    @torch._dynamo.disable  # type: ignore[untyped-decorator]
+    def centred(features: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [one - one.mean(0) for one in features]
+
+    def pack(*arguments: Any, **keywords: Any) -> Any:
+        features, lengths = packing(*arguments, **keywords)
+        return centred(features), lengths
+
+    model.model.pack_image_features = pack
+    with pytest.raises(NotApplicableError, match=r"one by one and in order: aten\.mean computes over them between two graphs"):
+        rewritten(model, ["cls_prune(keep=0.5)"], prompts(llava_next(), [WHOLE]))
