@@ -23,6 +23,9 @@ def sites_merged(program: Program, stack: int, layers: tuple[int, ...] | None, f
     blocking = next((site for site in sites if site.layer >= read[0].layer and _by_position(site)), None)
     if blocking is not None:
         return f"{blocking.name} {_by_position(blocking)}, and merged tokens have no one position"
+    reduced = next((site for site in sites if site.layer >= read[0].layer and site.dims["Nk"] != site.dims["Nq"]), None)
+    if reduced is not None:
+        return f"{reduced.name} has {reduced.dims['Nk']} keys for its {reduced.dims['Nq']} tokens, of which some would be merged"
     if read[0].dims["Nk"] - read[0].layout.prefix - read[0].layout.suffix < 2:
         return f"it has fewer than two patches, so that merging {CHANGES_NOTHING}"
     return read

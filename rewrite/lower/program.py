@@ -305,7 +305,8 @@ class ProgramLowering:
         if short or self.lost or any(entry.writes for entry in shortened):
             asked = self.program.token_operations()
             self._require_notes(asked[0].by if asked else "token_exit")
-        pushed = push_selections(self.graph, seeds, frozenset(short), self.selections.streams, frozenset(write.node for write in writes))
+        written, cut = frozenset(write.node for write in writes), self.selections
+        pushed = push_selections(self.graph, seeds, frozenset(short), cut.streams, written, cut.whole)
         fixed = {node for write in writes if write.node in pushed.marked for node in (write.cache, write.node)}
         outputs, inputs = (tuple(index for index, node in enumerate(nodes) if node in fixed) for nodes in (results, self.placeholders))
         self.marked = outputs, inputs

@@ -38,8 +38,8 @@ from rewrite.tokens.placement import Selection
 class Selections:
     """The token operations of one program, put into one graph.
 
-    Made before sites are lowered. seeds, streams: what `push_selections` is given. kept: by node of positions, how many there are at the
-    traced shapes. gone: by name of a site, how many tokens of each row it does not see. seen: by name of a site, what it sees of them.
+    Made before sites are lowered. seeds, streams, whole: what `push_selections` is given. kept: by node of positions, how many there are at
+    the traced shapes. gone: by name of a site, how many tokens of each row it does not see. seen: by name of a site, what it sees of them.
     routed: by name of a site, what the router in front of its layer is given.
     """
 
@@ -57,6 +57,7 @@ class Selections:
         self.stacks = Stacks(recognition, program)
         self.visual, self.parameter, self.data_sizes = visual, parameter, data_sizes
         self.seeds: dict[fx.Node, dict[int, Selection]] = {}
+        self.whole: dict[fx.Node, str] = {}
         self.kept: dict[fx.Node, int] = {}
         self.gone: dict[str, int] = {}
         self.seen: dict[str, Selection] = {}
@@ -133,6 +134,7 @@ class Selections:
                 raise NotApplicableError(f"{entry.site.name}: tokens are merged in its stack, of which {one.by} would have to choose some")
             users = [user for user in stream.users if user.op != "output" and user not in self.sizes.nodes.values()]
             at = Cursor(self.graph, behind_inputs(self.graph, stream if one.criteria else max(stream, entry.region.key.node)))
+            all_there = left is None
             if left is None:
                 left = Merged(None, at.call_method("size", (stream, 1)), None, hinted_shape(stream)[1])
             if one.criteria is None:
@@ -144,6 +146,8 @@ class Selections:
                 user.replace_input_with(stream, cut)
             assert left.selection is not None
             self.seeds.update({node: dict(axes) for node, axes in short.items()})
+            if all_there:
+                self.whole[cut] = one.by
             self.kept[left.selection.positions] = left.hint
             self._note(one, hinted_shape(stream)[1] - left.hint, left.selection)
 
@@ -158,6 +162,7 @@ class Selections:
 
     def _leave(self, one: Exit | Select, entry: Found, stream: fx.Node, left: Left) -> Left:
         """Cut the residual stream to the tokens that stay."""
+        all_there = left.positions is None
         users = [
             user for user in stream.users if user.op != "output" and user not in left.nodes and user not in self.present.nodes.values()
         ]
@@ -189,6 +194,8 @@ class Selections:
         for user in users:
             user.replace_input_with(current, cut)
         self._cut[stream] = cut
+        if all_there:
+            self.whole[cut] = one.by
         assert left.positions is not None
         self.seeds.pop(current, None)
         selection = Selection(left.positions, left.length, left.kept, left.fused)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import fx
 
@@ -50,6 +51,7 @@ def push_selections(
     short_outputs: frozenset[fx.Node],
     streams: frozenset[fx.Node] = frozenset(),
     cache_writes: frozenset[fx.Node] = frozenset(),
+    whole: Mapping[fx.Node, str] = MappingProxyType({}),
 ) -> Pushed:
     """Carry the selections of `seeds` through `graph`, in place.
 
@@ -60,7 +62,8 @@ def push_selections(
 
     Outputs are restored to their full length, except those in `short_outputs`. What is made token by token of one of `streams` (the
     residual stream behind selections that say their `source`) is restored with the dropped tokens as they left, all else with zeros. What
-    `cache_writes` write is restored with marks: nothing in the graph may read it behind them.
+    `cache_writes` write is restored with marks: nothing in the graph may read it behind them. whole: seeds that were cut from what must
+    have every token, with the pass that cut them.
 
     Zeros stand also where a loss reads restored logits: the labels at dropped positions must be ignored (-100), and with labels
     shifted by one so must the label that the last dropped token of a run predicts.
@@ -72,7 +75,7 @@ def push_selections(
         NotApplicableError: an operator computes over a selected or restored axis, has no rule, or meets two different selections; the
             message names node, operator, module and remedy. The graph is then half rewritten: push into a copy.
     """
-    return _Surgery(graph, seeds, short_outputs, streams, cache_writes).run()
+    return _Surgery(graph, seeds, short_outputs, streams, cache_writes, whole).run()
 
 
 def insert_gather(graph: fx.Graph, value: fx.Node, axis: int, selection: Selection, after: fx.Node | None = None) -> fx.Node:
@@ -102,12 +105,14 @@ class _Surgery:
         short_outputs: frozenset[fx.Node],
         streams: frozenset[fx.Node],
         cache_writes: frozenset[fx.Node],
+        whole: Mapping[fx.Node, str],
     ) -> None:
         self.graph = graph
         self.seeds = seeds
         self.short_outputs = short_outputs
         self.streams = streams
         self.cache_writes = cache_writes
+        self.whole = whole
         self.marked: set[fx.Node] = set()
         self.live = _read(graph)
         self.operands = Operands(streams)
@@ -139,6 +144,9 @@ class _Surgery:
         shape = shape_of(node)
         axes = {axis % len(shape): selection for axis, selection in self.seeds[node].items()}
         before = {axis for source in node.all_input_nodes if source in self.placements for axis in self.placements[source].axes}
+        if before and node in self.whole:
+            told = f"{self.whole[node]} chooses among its tokens, and of these some had left in an earlier stack of layers"
+            refuse(node, told, "use it with layers that only one of the two has, or a pass that keeps every token")
         if rules.name_of(node) in rules.SPREADS:
             return Placement(axes, batch=_seed_layout(node).batch)
         if before and (rules.name_of(node) not in rules.CUTS or shape_of(node.all_input_nodes[0]) != shape or not before <= axes.keys()):

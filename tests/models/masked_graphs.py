@@ -32,7 +32,8 @@ ALIVE = "alive"
 
 @dataclass
 class Masked:
-    """A Dynamo backend. of: whether a site is in the stack. before, behind: see `Survivors`; layers count from 0 over the whole call.
+    """A Dynamo backend. of: whether a site is in the stack. before, behind: see `Survivors`; layers count from 0 over the whole call, or,
+    with `begin`, in each stack of a graph: that is called with the first site of each, where no token has left.
 
     merges: by layer, how many tokens its keys merge away, of which the first `prefix` and the last `suffix` stay. weights: of every
     attention, by name.
@@ -49,6 +50,8 @@ class Masked:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     layer: int = -1
     groups: list[list[list[int]]] | None = None
+    begin: Callable[[Masked, Site], None] | None = None
+    stack: tuple[int, int] | None = None
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """The model's result, captured as `rewrite()` captures it."""
@@ -56,7 +59,7 @@ class Masked:
         with torch.no_grad():
             model(**inputs)  # what a model sets up at its first call would cut the capture
             for settings in (WHOLE_GRAPHS, {}):
-                self.alive, self.groups, self.layer = None, None, -1
+                self.alive, self.groups, self.layer, self.stack = None, None, -1, None
                 self.weights.clear()
                 try:
                     with torch._dynamo.config.patch(settings):
@@ -74,12 +77,21 @@ class Masked:
         own.recompile()
         return lambda *values: _Run(own, found, self).run(*values)
 
+    def enter(self, graph: fx.Graph, site: Site) -> None:
+        """Begin with every token where an earlier attention of the graph was of another stack."""
+        here = id(graph), site.stack
+        if self.begin is not None and (self.stack is None or (self.stack[0] == here[0] and self.stack != here)):
+            self.alive, self.groups, self.layer = None, None, -1
+            self.begin(self, site)
+        self.stack = here
+
     def attended(self, entry: Found, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """What an attention of the stack gives, [B, H, Nq, Dv]; None where the model's own result stands."""
         attend = entry.site.attend
         if not self.of(entry.site):
             self.weights[entry.site.name] = attention_weights(attend, dict(values))
             return self.pooled(entry.site, values)
+        self.enter(entry.region.output.graph, entry.site)
         self.layer += 1
         batch, tokens = values["key"].shape[0], values["key"].shape[2]
         if self.alive is None:

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from rewrite import NotApplicableError, Report, rewrite
+from rewrite import NotApplicableError, Report, Site, rewrite
 from rewrite.ir.errors import NoAttentionError
 from tests.models.corpus.cases import BY_NAME, ENTRIES, EVERYTHING
 from tests.models.corpus.entry import Entry
@@ -72,14 +71,15 @@ def tower_of(entry: Entry) -> Tower:
 def masked(entry: Entry, one: str, report: Report, inputs: dict[str, Any]) -> tuple[Masked, torch.Tensor | None]:
     """The oracle, and which rows of the results are no padding."""
     if one in PATCHES:
-        layout = next(site for site in report.sites if site.passes).token_layout
-        prefix, suffix = (int(found[1]) if (found := re.search(rf"(\d+) {where}", layout)) else 0 for where in ("prefix", "behind"))
-        oracle = Masked(lambda s: s.kind == "self" and s.layout.grid is not None and s.layout.window is None, prefix=prefix, suffix=suffix)
-        if one == "evit":
-            oracle.behind[0] = cls_row(0.6, prefix, suffix)
-        else:
-            oracle.merges[0] = 3
-        return oracle, None
+        touched = [site.qualified_name for site in report.sites if site.passes]
+
+        def begin(oracle: Masked, site: Site) -> None:
+            oracle.prefix, oracle.suffix = site.layout.prefix, site.layout.suffix
+            if one == "evit":
+                oracle.behind[0] = cls_row(0.6, oracle.prefix, oracle.suffix)
+
+        # Behind a break paths are shorter.
+        return Masked(lambda s: any(name.endswith(s.name) for name in touched), merges={0: 3} if one == "merge" else {}, begin=begin), None
     visual = inputs["input_ids"] == PICTURE
     count, length = int(visual[0].sum()), visual.shape[1]
     oracle = Masked(lambda s: s.kind == "self" and s.dims["Nq"] == s.dims["Nk"] == length)
