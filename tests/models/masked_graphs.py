@@ -35,6 +35,7 @@ class Masked:
     """A Dynamo backend. of: whether a site is in the stack. before, behind: see `Survivors`; layers count from 0 over the whole call, or,
     with `begin`, in each stack of a graph: that is called with the first site of each, where no token has left.
 
+    joined: (tokens in front of the stack's, all of them) in attention behind it to these and others; None: there is no such attention.
     merges: by layer, how many tokens its keys merge away, of which the first `prefix` and the last `suffix` stay. weights: of every
     attention, by name.
     """
@@ -51,6 +52,7 @@ class Masked:
     layer: int = -1
     groups: list[list[list[int]]] | None = None
     begin: Callable[[Masked, Site], None] | None = None
+    joined: tuple[int, int] | None = None
     stack: tuple[int, int] | None = None
 
     def run(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
@@ -109,6 +111,9 @@ class Masked:
     def pooled(self, site: Site, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
         """Attention of a few queries to what is left of the stack."""
         keys = values["key"].shape[2]
+        beside = None if self.alive is None else self.behind_all(self.alive)
+        if beside is not None and keys == beside.shape[1]:
+            return self.hidden(site, values, beside)
         if (
             self.merges
             or self.alive is None
@@ -116,8 +121,20 @@ class Masked:
             or keys not in (self.alive.shape[1], self.alive.shape[1] - self.prefix)
         ):
             return None
+        return self.hidden(site, values, self.alive[:, -keys:])
+
+    def behind_all(self, alive: torch.Tensor) -> torch.Tensor | None:
+        """Likewise, of the tokens that the stack's were joined to."""
+        if self.joined is None:
+            return None
+        first, every = self.joined
+        return nn.functional.pad(alive, (first, every - first - alive.shape[1]), value=True)
+
+    @staticmethod
+    def hidden(site: Site, values: Mapping[str, torch.Tensor], alive: torch.Tensor) -> torch.Tensor:
+        """Attention to the keys that are left [B, Nk]."""
         seen = replace(site.attend, mask=sympy.And(site.attend.mask, sympy.Ne(read(ALIVE, B, J), 0)))
-        return attention_weights(seen, {**values, ALIVE: self.alive[:, -keys:].float()}) @ values["value"]
+        return attention_weights(seen, {**values, ALIVE: alive.float()}) @ values["value"]
 
     def frozen(self, entry: Found, later: Found | None) -> Iterator[tuple[fx.Node, fx.Node, torch.Tensor]]:
         """The residual stream behind a layer's attention, behind the layer, and in front of the next, each with what it was before and what

@@ -29,10 +29,13 @@ PATCHES = {"evit": "evit(keep=0.6, layers=(0,), fuse=False)", "merge": "merge(r=
 
 # name -> passes: rotary tables behind a prefix; a pooling attention behind the layers; a head that lays the tokens of every layer out on
 # their grid; tokens of a detector behind the grid.
-CORE = {"dinov3-vit": ("evit",), "vit_base_patch16_siglip_224": ("merge",), "dpt": ("evit",), "yolos": ("evit",)}
+CORE = {"flava": ("evit",), "dinov3-vit": ("evit",), "vit_base_patch16_siglip_224": ("merge",), "dpt": ("evit",), "yolos": ("evit",)}
 
 # Its tokens are the patches laid out anew, which has an oracle of its own: tests/models/test_relaid_pictures.py.
 ELSEWHERE = {("llava-next", "cls_prune")}
+
+# Models that join patches to other tokens behind their stack: (tokens in front of them, all of them).
+JOINED = {"flava": (1, 67)}
 
 # (name, pass) -> what the refusal says.
 REFUSED = {
@@ -107,6 +110,7 @@ def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: st
     with torch.no_grad():
         actual = list(tensors(changed(**inputs)))
     oracle, real = masked(entry, one, changed.rewrite_report, inputs)
+    oracle.joined = JOINED.get(name)
     expected = list(tensors(oracle.run(entry.build(implementation), inputs)))
     alive = oracle.alive
     assert alive is not None
@@ -114,6 +118,9 @@ def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: st
     for got, wanted in zip(actual, expected, strict=True):
         assert got.shape == wanted.shape
         left = torch.ones_like(wanted, dtype=torch.bool)
+        beside = oracle.behind_all(alive)
+        if beside is not None and wanted.shape[:2] == beside.shape:
+            left[~beside] = False
         for count in (alive.shape[1], alive.shape[1] - oracle.prefix):
             if one in VISUAL and wanted.shape[:2] == (len(alive), count):
                 left[~alive[:, -count:]] = False
