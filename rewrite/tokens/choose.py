@@ -139,8 +139,11 @@ def _in_front_of_last(tokens: Tensor, one: Tensor, suffix: int) -> Tensor:
 
 
 def visual_leaving(visual: Tensor, score: Tensor, kept: int) -> Tensor:
-    """bool [B, N]: the visual tokens that leave, all but the `kept` of the greatest `score` [B, N] in each row. visual [B, N] bool."""
-    best = score.masked_fill(~visual, -torch.inf).topk(kept, dim=1).indices
+    """bool [B, N]: the visual tokens that leave, all but the `kept` of the greatest `score` [B, N] in each row, of equal ones the first.
+
+    visual [B, N] bool.
+    """
+    best = score.masked_fill(~visual, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :kept]
     return visual & ~torch.zeros_like(visual).scatter(1, best, True)
 
 

@@ -101,23 +101,13 @@ def test_loss_and_gradients_after_exit() -> None:
     same_gradients(changed, model)
 
 
-def test_rows_with_different_numbers_of_visual_tokens_are_refused() -> None:
-    model, inputs = llava("sdpa"), llava_inputs()
-    changed = rewritten(model, [f"token_exit(layer={EXIT})"], inputs)
-    ids = inputs["input_ids"].clone()
-    first, second = visual_of(inputs)[0].nonzero()[0, 0], visual_of(inputs)[1].nonzero()[-1, 0]
-    ids[0, first], ids[1, second + 1] = 7, IMAGE_TOKEN
-    with pytest.raises(Exception, match="same number of visual tokens"), torch.no_grad():
-        changed(**{**inputs, "input_ids": ids})
-
-
 def test_a_layer_beyond_the_stack_is_an_error() -> None:
     with pytest.raises(NotApplicableError, match="4"):
         rewritten(llava("sdpa"), ["token_exit(layer=40)"], llava_inputs())
 
 
 def relevances(model: Any, inputs: dict[str, torch.Tensor]) -> list[float]:
-    """By layer of the language model, the most attention that a row's last query gives to visual tokens."""
+    """By layer of the language model, the attention that the last query gives to visual tokens."""
     visual, found = visual_of(inputs), []
 
     def attention(query: Any, key: Any, value: torch.Tensor, logits: torch.Tensor, number: int) -> torch.Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,12 +36,13 @@ CORE = {"flava": ("evit",), "dinov3-vit": ("evit",), "vit_base_patch16_siglip_22
 ELSEWHERE = {("llava-next", "cls_prune")}
 
 # Models that join patches to other tokens behind their stack: (tokens in front of them, all of them).
-JOINED = {"flava": (1, 67)}
+JOINED = {"flava": (1, 67), "kosmos2": (0, 25), "git": (0, 33)}
 
 # (name, pass) -> what the refusal says.
 REFUSED = {
     ("swin_tiny_patch4_window7_224", "merge"): "windows",
     ("vit_small_patch16_18x2_224", "merge"): "attends beside it",
+    ("crossvit_9_240", "evit"): "of these some had left in an earlier stack",
     ("yolos", "merge"): "an entry for every token of the model's own, and none for tokens that were merged",
 }
 
@@ -84,12 +86,12 @@ def masked(entry: Entry, one: str, report: Report, inputs: dict[str, Any]) -> tu
         # Behind a break paths are shorter.
         return Masked(lambda s: any(name.endswith(s.name) for name in touched), merges={0: 3} if one == "merge" else {}, begin=begin), None
     visual = inputs["input_ids"] == PICTURE
-    count, length = int(visual[0].sum()), visual.shape[1]
+    half, length = math.floor(int(visual[0].sum()) / 2 + 0.5), visual.shape[1]
     oracle = Masked(lambda s: s.kind == "self" and s.dims["Nq"] == s.dims["Nk"] == length)
     if one == "fastv":
-        oracle.behind[0] = last_query(visual, round(count / 2))
+        oracle.behind[0] = last_query(visual, half)
     elif one == "pyramid":
-        oracle.before[1] = last_query(visual, round(count / 2))
+        oracle.before[1] = last_query(visual, half)
     else:
         tower = tower_of(entry)
         oracle.before[0] = by_tower(oracle, tower.name, tower.prefix, visual, 0.5)
