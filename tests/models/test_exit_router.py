@@ -43,13 +43,15 @@ def test_routers_let_the_image_go_and_learn_when() -> None:
         for tensor in parameters.values():
             if tensor.ndim == 2:
                 tensor.normal_()
-        # In front of layer 1 one row may leave and the other not; in front of layer 2 both.
+        # In front of layer 1 one row's image leaves, and the other's in front of layer 2.
+        early = told(changed, given)[1] > told(changed, given)[1].mean()
         for layer, margin in ((1, -told(changed, given)[1].mean()), (2, 1 - told(changed, given)[2].min())):
             changed.get_parameter(f"rewrite_added.model.language_model.layers.{layer}.self_attn.router_margin").fill_(margin)
     with kept_tokens(changed) as kept:
         actual = changed.generate(**inputs, **GREEDY)
-    assert [int(one.mask.sum(1)[0]) for one in kept.values()] == [30, 14, 14]
-    with visual_masked_from(model, 2, visual):
+    assert sorted(early.tolist()) == [False, True]
+    assert [one.mask.sum(1).tolist() for one in kept.values()] == [torch.where(early, 14, 30).tolist(), [14, 14], [14, 14]]
+    with visual_masked_from(model, 1, visual & early[:, None]), visual_masked_from(model, 2, visual):
         assert torch.equal(actual, model.generate(**inputs, **GREEDY))
 
     # Labels by the original with the visual tokens masked, at thresholds that some rows and layers meet.
