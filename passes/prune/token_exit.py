@@ -17,8 +17,7 @@ where their relevance to the task is low. That paper has no public code, and its
 
     r_l = mean over heads of the attention that the last query of layer l gives to all visual tokens together
 
-and L is the first layer, from `layer` on, with r_{L-1} < relevance. A batch leaves together, by either rule at the first layer where each
-of its prompts may, so that its rows keep equally many tokens.
+and L is the first layer, from `layer` on, with r_{L-1} < relevance. By either rule each prompt of a batch has an L of its own.
 
 Kept tokens keep their position numbers and the KV caches of the later layers hold no visual keys, so on the kept tokens the result is
 that of the unshortened model with the visual keys masked in layers L and later.

@@ -30,4 +30,5 @@ class Left:
     @property
     def nodes(self) -> list[fx.Node]:
         """The numbers and positions that are nodes of the graph."""
-        return [number for number in (self.positions, self.length, self.kept, self.visual, self.every) if isinstance(number, fx.Node)]
+        numbers = (self.positions, self.length, self.kept, self.visual, self.every, self.present)
+        return [number for number in numbers if isinstance(number, fx.Node)]

@@ -5,15 +5,37 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 
+import sympy
 from torch import fx
 
+from rewrite.ir.expression import conjuncts, letters
 from rewrite.ir.selection import Exit, Irrelevant, Select
 from rewrite.lower.cursor import Cursor
 from rewrite.lower.left import Left
 from rewrite.lower.pictures import Stay
+from rewrite.recognise.mask_terms import mask_terms
 from rewrite.recognise.operators import hinted_shape
+from rewrite.recognise.sites import Found
 from rewrite.tokens import by_row, choose, kept_elements
 from rewrite.tokens.gather import gather_tokens
+
+
+def hidden_from_all(entry: Found, ahead: fx.Node) -> tuple[fx.Node, str] | None:
+    """What says which tokens the mask of a site shows at all, by row: a tensor [B, 1, 1, N] that stands in front of `ahead`, and the
+    letters of the axes that are read of it. None where the mask is not read so: padding of the caller's is then taken for tokens like
+    others.
+    """
+    if entry.site.cached or entry.site.dims["Nq"] != entry.site.dims["Nk"]:
+        return None
+    for name, operand in entry.region.tensors.items():
+        found = mask_terms(operand.node, name)
+        for term in () if found is None else conjuncts(found.mask):
+            read = term.lhs if isinstance(term, sympy.Ne) and term.rhs == 0 else None
+            if isinstance(read, sympy.Indexed) and letters(read.indices) == "bj" and found is not None:
+                node, axes = found.tensors[str(read.base.label)]
+                if node < ahead:
+                    return node, axes
+    return None
 
 
 def left_by_row(

@@ -23,7 +23,7 @@ from rewrite.lower.merging import Merged, merge_tokens
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
 from rewrite.lower.present import PresentKeys
 from rewrite.lower.relaid import handed_anew, laid_anew
-from rewrite.lower.rows import left_by_row
+from rewrite.lower.rows import hidden_from_all, left_by_row
 from rewrite.lower.scores import Scores, rule_of
 from rewrite.lower.stacks import Stacks, of_patches
 from rewrite.lower.stand_ins import StandIns
@@ -112,7 +112,12 @@ class Selections:
             at = Cursor(self.graph, behind_inputs(self.graph, max(stream, mask)))
             numbers, length = at.call(by_row.numbers_of, (mask,)), at.call_method("size", (stream, 1))
             count = 0 if merge.source is None else math.prod(hinted_shape(merge.source)[:-1]) // batch
-            return Left(None, length, length, 0, numbers, (tokens, count, count))
+            shown, present = hidden_from_all(entry, stream) if batch > 1 else None, None
+            if shown is not None:
+                # What pads the prompts themselves may go too: it would be all that a row of fewer pictures keeps more of.
+                index = tuple(slice(None) if axis in shown[1] else 0 for axis in "bhij")
+                present = at.call(by_row.shown_of_rows, (at.call(operator.getitem, (shown[0], index)), stream))
+            return Left(None, length, length, 0, numbers, (tokens, count, count), present=present)
         if merge.source is None:
             raise NotApplicableError(
                 f"{entry.site.name}: how many visual tokens there are cannot be read off the shapes at {merge.node.name}; "

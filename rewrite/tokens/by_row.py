@@ -21,6 +21,11 @@ def numbers_of(visual: Tensor) -> Tensor:
     return visual.sum(1)
 
 
+def shown_of_rows(shown: Tensor, stream: Tensor) -> Tensor:
+    """bool [B, N] of [B or 1, N] that says which tokens of `stream` [B, N, C] are shown to others at all."""
+    return shown.bool().expand(stream.shape[:2])
+
+
 def numbers_kept(numbers: Tensor, every: Tensor, keep: float | int, rounding: Rounding, of_all: bool) -> Tensor:
     """How many of the `numbers` of visual tokens stay, of `every` at first; see `Count`. None of none."""
     count = Count(keep, rounding, "all" if of_all else "present")
