@@ -27,12 +27,11 @@ from rewrite.lower.present import PresentKeys
 from rewrite.lower.recurrence import StateCaches
 from rewrite.lower.relaid import elements_laid
 from rewrite.lower.selections import Selections
+from rewrite.lower.short_caches import ShortCaches, mark_padding
 from rewrite.notes import Note
 from rewrite.recognise.fixed_caches import cache_writes
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.tokens.chosen import Choice, Held
-from rewrite.tokens.gather import places_of_present
-from rewrite.tokens.marks import marked_padding
 from rewrite.tokens.placement import Selection
 from rewrite.tokens.surgery import push_selections
 from rewrite.tokens.visual import visual_mask_node
@@ -103,14 +102,14 @@ class ProgramLowering:
         self.lowered: set[str] = set()
         self.bodies: set[fx.Node] = set()
         self.states = StateCaches(self)
-        self.present = PresentKeys(self.graph, self._left, self._present)
+        self.caches = ShortCaches(placeholders, notes, self.taken)
+        self.present = PresentKeys(self.graph, self.caches.left, self.caches.present)
         self.selections = Selections(self.graph, recognition, program, self._visual, self._parameter, allowed.data_sizes, self.present)
         self.chosen: dict[int, Held] = {}
         self.added_outputs: list[fx.Node | int] = []
         self.lost: dict[int, str] = {}
         self.marked: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._masks: dict[fx.Node, fx.Node] = {}
-        self._presents: dict[int, fx.Node] = {}
         self._parameters: dict[str, fx.Node] = {}
         self._read_sites: dict[str, tuple[Site, Given]] = {}
         self.output = next(node for node in self.graph.nodes if node.op == "output")
@@ -297,7 +296,7 @@ class ProgramLowering:
                 short |= {results[index] for index in entries_of(results, operand.node)}
                 self.lost.update(dict.fromkeys(parts_of(results, operand.node), entry.site.name))
         self.selections.run()
-        caches = self._short_caches()
+        caches = self.caches.seeds()
         seeds = {**self.selections.seeds, **caches, **self.present.seeds(caches)}
         if not seeds:
             return
@@ -311,24 +310,9 @@ class ProgramLowering:
         outputs, inputs = (tuple(index for index, node in enumerate(nodes) if node in fixed) for nodes in (results, self.placeholders))
         self.marked = outputs, inputs
         self.shapes = {node: self._kept_sizes(axes) for node, axes in pushed.axes.items()}
-        self._note_caches(pushed.short)
-
+        for known, indices in mark_padding(self.output, pushed.short):
+            self.returns(known, indices)
         self._tell_kept()
-
-    def _note_caches(self, short: Mapping[fx.Node, Selection]) -> None:
-        """Return which tokens the entries of KV caches hold, with marks in the places of padding."""
-        by_selection: dict[tuple[fx.Node, int | fx.Node, fx.Node | None], list[int]] = {}
-        results = list(self.output.args[0])
-        for node, selection in short.items():
-            indices = [index for index, result in enumerate(results) if result is node]
-            by_selection.setdefault((selection.positions, selection.length, selection.present), []).extend(indices)
-            if selection.present is not None:
-                with self.graph.inserting_before(self.output):
-                    marked = self.graph.call_function(marked_padding, (node, selection.present))
-                results = [marked if result is node else result for result in results]
-        self.output.args = (tuple(results),)
-        for (positions, length, present), indices in by_selection.items():
-            self.returns({"positions": positions, "length": length, **({} if present is None else {"padded": True})}, tuple(indices))
 
     def _tell_kept(self) -> None:
         """Return which tokens each site sees, for whoever asks."""
@@ -363,40 +347,8 @@ class ProgramLowering:
             self.returns({"stay": elements_laid(found, stay.mask, Cursor(self.graph, max(stay.mask, found.node)))}, (index,))
 
     def _kept_sizes(self, axes: Mapping[int, Selection]) -> dict[int, int]:
-        kept = self.selections.kept
+        kept = {**self.selections.kept, **self.caches.kept}
         return {axis: kept[selection.positions] for axis, selection in axes.items() if selection.positions in kept}
-
-    def _left(self, cache: fx.Node) -> bool:
-        """Whether tokens left an input that is a KV cache's entry, as its note says."""
-        note = self.notes.get(self.placeholders.index(cache))
-        return note is not None and note.positions is not None
-
-    def _present(self, cache: fx.Node) -> fx.Node:
-        """bool [B, K]: which tokens of such an entry are no padding."""
-        index = self.placeholders.index(cache)
-        if index not in self._presents:
-            self._presents[index] = self._extra(Extra("present", index=index))
-        return self._presents[index]
-
-    def _short_caches(self) -> dict[fx.Node, dict[int, Selection]]:
-        """Cache entries that earlier calls left short, as seeds."""
-        seeds: dict[fx.Node, dict[int, Selection]] = {}
-        shared: dict[int, Selection] = {}
-        for index, note in self.notes.items():
-            if note.positions is None:
-                continue
-            if id(note.positions) not in shared:
-                positions = self._extra(Extra("positions", index=index))
-                length = self._extra(Extra("length", index=index))
-                present = self._present(self.placeholders[index]) if note.padded else None
-                at = Cursor(self.graph, length if present is None else max(present, length))
-                kept = at.call_method("size", (positions, 1))
-                places = None if present is None else at.call(places_of_present, (positions, present, length))
-                selection = Selection(positions=positions, length=length, kept=kept, present=present, places=places)
-                shared[id(note.positions)] = selection
-                self.selections.kept[positions] = note.positions.shape[1]
-            seeds[self.placeholders[index]] = {2: shared[id(note.positions)]}
-        return seeds
 
 
 def _reads(body: Body) -> set[str]:

@@ -137,7 +137,7 @@ def _kept_positions(visual_mask: Tensor, kept: int) -> Tensor:
         raise ModelCallError(
             "every row of a batch must hold the same number of visual tokens where these leave, and the number it was compiled for: "
             f"expected {wanted} of {visual_mask.shape[1]} tokens in each row, found {counts}; "
-            "batch samples with equal numbers of image tokens together, or run them one by one"
+            "batch samples with equal numbers of image tokens together, run them one by one, or use backend='eager', where rows may differ"
         )
     return visual_mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :kept].contiguous()
 
