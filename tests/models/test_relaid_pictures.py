@@ -126,7 +126,7 @@ def halved() -> nn.Module:
     return rewritten(llava_next("eager"), ["cls_prune(keep=0.5)"], prompts(plain, [WHOLE, WHOLE]))
 
 
-@pytest.mark.parametrize("sizes", [[WHOLE, WHOLE], [SQUARE], [NARROW, SQUARE, NARROW]], ids=["whole", "square", "different"])
+@pytest.mark.parametrize("sizes", [[WHOLE, WHOLE], [NARROW, SQUARE, NARROW]], ids=["whole", "different"])
 def test_forward(halved: nn.Module, sizes: list[tuple[int, int]]) -> None:
     plain = llava_next()
     inputs = prompts(plain, sizes)
