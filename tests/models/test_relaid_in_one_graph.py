@@ -10,6 +10,7 @@ from torch import nn
 
 from rewrite import NotApplicableError
 from tests.models.architectures import llava, llava_inputs, rewritten
+from tests.models.corpus.cases import EVERYTHING
 from tests.models.oracles import Survivors, attention_replaced_by, best
 from tests.models.test_llava import visual_of
 
@@ -70,7 +71,7 @@ def packed(packing: Any, implementation: str = "sdpa") -> Any:
     return model
 
 
-@pytest.mark.parametrize("packing", [rows, pictures_apart, twice])
+@pytest.mark.parametrize("packing", [rows, pictures_apart, twice] if EVERYTHING else [pictures_apart, twice])
 def test_movement_is_followed(packing: Any) -> None:
     plain, inputs = packed(packing), llava_inputs()
     visual, oracle = visual_of(inputs), Survivors(TEXT)

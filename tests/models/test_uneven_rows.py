@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from rewrite import ModelCallError, NotApplicableError, cached_tokens, kept_tokens
+from rewrite import NotApplicableError, cached_tokens, kept_tokens
 from tests.models.architectures import IMAGE_TOKEN, TEXT_TOKENS, llava, rewritten, same_gradients
+from tests.models.corpus.cases import EVERYTHING
 from tests.models.oracles import Rule, Survivors, attention_replaced_by, best, visual_masked_from
 from tests.models.test_selection import TEXT
 from tests.models.test_selection_experts import mixture
@@ -132,49 +133,45 @@ def as_each_row_alone(changed: Any, model: Any, setting: str, rows: list[dict[st
     return numbers
 
 
-@pytest.mark.parametrize(
-    ("setting", "implementation", "numbers"),
-    [
-        (FASTV, "sdpa", [16, 0, 8, 24]),
-        (PYRAMID, "eager", [8, 0, 4, 12]),
-        (RELEVANCE, "sdpa", None),
-    ],
-)
-def test_forward(setting: str, implementation: str, numbers: list[int] | None) -> None:
-    """The same model takes rows of other pictures, and ones that hold equally many."""
-    model = llava("sdpa")
-    changed = rewritten(llava(implementation), [setting], together(prompts((1, 1))))
-    kept = as_each_row_alone(changed, model, setting, prompts())
-    assert kept == numbers or (numbers is None and {0} < set(kept))
-    as_each_row_alone(changed, model, setting, prompts((2, 2)))
+# Of each setting the implementation, how many visual tokens the rows keep, and how they are decoded.
+CASES: dict[str, tuple[str, list[int] | None, dict[str, Any]]] = {
+    FASTV: ("sdpa", [16, 0, 8, 24], {"num_beams": 2, "cache_implementation": "static"}),
+    PYRAMID: ("eager", [8, 0, 4, 12], {}),
+    RELEVANCE: ("sdpa", None, {}),
+}
+MORE: dict[str, tuple[str, list[int] | None, dict[str, Any]]] = {
+    BY_TOWER: ("sdpa", [8, 0, 4, 12], {"num_beams": 2}),
+    EXIT: ("sdpa", [0, 0, 0, 0], {"cache_implementation": "static"}),
+}
 
 
-@pytest.mark.parametrize(
-    ("setting", "options", "cache"),
-    [
-        (FASTV, {}, "dynamic"),
-        (PYRAMID, {}, "static"),
-        (BY_TOWER, {"num_beams": 2}, "dynamic"),
-        (EXIT, {"num_beams": 2}, "static"),
-        (RELEVANCE, {}, "dynamic"),
-    ],
-)
-def test_generate(setting: str, options: dict[str, Any], cache: str) -> None:
-    """Token for token what each row gives by itself."""
+@pytest.mark.parametrize("setting", {**CASES, **MORE} if EVERYTHING else CASES)
+def test_as_each_row_alone(setting: str) -> None:
+    """Logits, what is left, and token for token in `generate()`; REWRITE_CORPUS=all tries more settings."""
+    implementation, numbers, options = {**CASES, **MORE}[setting]
     model, rows = llava("sdpa"), prompts()
     inputs = together(rows)
-    changed = rewritten(llava("sdpa"), [setting], together(prompts((1, 1))))
-    actual = changed.generate(**inputs, **GREEDY, **options, cache_implementation=cache)[:, inputs["input_ids"].shape[1] :]
+    changed = rewritten(llava(implementation), [setting], inputs)
+    kept = as_each_row_alone(changed, model, setting, rows)
+    assert kept == numbers or (numbers is None and {0} < set(kept))
+    actual = changed.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1] :]
+    own = {name: value for name, value in options.items() if name != "cache_implementation"}
     for at, row in enumerate(rows):
-        expected, _ = alone(row, setting, lambda **call: model.generate(**call, **GREEDY, **options))
+        expected, _ = alone(row, setting, lambda **call: model.generate(**call, **GREEDY, **own))
         assert torch.equal(actual[at], expected[0, row["input_ids"].shape[1] :]), at
-    assert not torch.equal(actual, model.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1] :])
+    assert not torch.equal(actual, model.generate(**inputs, **GREEDY, **own)[:, inputs["input_ids"].shape[1] :])
+
+
+def test_rows_of_as_many_pictures_and_then_of_others() -> None:
+    changed = rewritten(llava("sdpa"), [FASTV], together(prompts((1, 1))))
+    for pictures in ((0, 3), (2, 2)):
+        as_each_row_alone(changed, llava("sdpa"), FASTV, prompts(pictures))
 
 
 def test_turns_that_go_on_from_a_cache_with_padding() -> None:
     """With further pictures, again of different numbers, and then a word."""
     model, rows = llava("sdpa"), prompts((2, 0, 1))
-    changed = rewritten(llava("sdpa"), [EXIT], together(prompts((1, 1))))
+    changed = rewritten(llava("sdpa"), [EXIT], together(rows))
     second, third = prompts((1, 1, 0)), [{"input_ids": torch.tensor([[word]])} for word in (17, 23, 42)]
     short = second[2]["input_ids"].shape[1]
     second[2]["input_ids"] = torch.randint(3, TEXT_TOKENS, (1, second[0]["input_ids"].shape[1]))
@@ -207,7 +204,7 @@ def test_loss_and_gradients() -> None:
     labels = inputs["input_ids"].masked_fill(visual | (inputs["attention_mask"] == 0), -100)
     # What a visual token or padding predicts is nobody's answer: the tokens may have left.
     labels[:, 1:][visual[:, :-1] | (inputs["attention_mask"][:, :-1] == 0)] = -100
-    changed = rewritten(llava("sdpa").train(), [EXIT], together(prompts((1, 1))))
+    changed = rewritten(llava("sdpa").train(), [EXIT], {**inputs, "labels": labels})
     loss = changed(**inputs, labels=labels).loss
     loss.backward()
     with visual_masked_from(model, 2, visual):
@@ -220,7 +217,7 @@ def test_loss_and_gradients() -> None:
 def test_experts_are_given_what_is_left() -> None:
     """Rows and tokens lie on one axis there."""
     model, inputs = mixture("mixtral"), together(prompts((2, 1)))
-    changed = rewritten(mixture("mixtral"), [EXIT], together(prompts((1, 1))))
+    changed = rewritten(mixture("mixtral"), [EXIT], inputs)
     visual = inputs["input_ids"] == IMAGE_TOKEN
     with torch.no_grad(), visual_masked_from(model, 2, visual):
         expected = model(**inputs)
@@ -233,11 +230,8 @@ def test_experts_are_given_what_is_left() -> None:
 
 
 def test_where_rows_must_keep_as_many() -> None:
-    """An attention that a pass made something else of has no place for padding, and neither has a compiled graph."""
+    """An attention that a pass made something else of has no place for padding."""
     rows = together(prompts((1, 2)))
     both = rewritten(llava("sdpa"), ["lightning", "fastv(layer=2)"], together(prompts((1, 1))))
     with pytest.raises(NotApplicableError, match=r"lightning makes something else.*the same number of visual tokens"), torch.no_grad():
         both(**rows)
-    compiled = rewritten(llava("sdpa"), [EXIT], together(prompts((1, 1))), backend="aot_eager")
-    with pytest.raises(ModelCallError, match="same number"), torch.no_grad():
-        compiled(**rows)
