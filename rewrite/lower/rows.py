@@ -64,8 +64,9 @@ def left_by_row(
     elif isinstance(one, Exit):
         leaving = at.call(by_row.rows_leaving_routed, (visual, routed(here)))
     elif stay is not None:
-        of_all = at.call(kept_elements.stay_at_places, (visual, stay.mask)) if stay.relaid else stay.mask
-        leaving = at.call(choose.visual_leaving_by_picture, (visual, of_all))
+        # Features lie at all places of the text, also at those that the prompt's own mask hides.
+        of_all = at.call(kept_elements.stay_at_places, (here, stay.mask)) if stay.relaid else stay.mask
+        leaving = at.call(choose.visual_leaving_by_picture, (here, of_all))
         hint = stay.share.numerator * present // stay.share.denominator
     else:
         numbers = at.call(by_row.numbers_of, (visual,))
