@@ -68,12 +68,14 @@ def _index_select(node: fx.Node) -> Flow:
 
 
 def _getitem(node: fx.Node) -> Flow | None:
-    """Indexing with slices, numbers, None, Ellipsis and tensors; an item of a tuple keeps its axes."""
+    """Indexing with slices, numbers, None, Ellipsis and tensors; an item of a tuple has the axes of the first one, or the first of these."""
     source, index = node.args
     if not isinstance(source, fx.Node):
         return None
     if not is_tensor(source):
-        return Flow((Operand(("args", 0), source, tuple(range(len(shape_of(node))))),), tuple(range(len(shape_of(node)))))
+        axes = tuple(range(len(shape_of(source))))
+        rank = len(shape_of(node))
+        return Flow((Operand(("args", 0), source, axes),), axes[:rank]) if rank <= len(axes) else None
     shape = shape_of(source)
     entries: list[Any] = list(index) if isinstance(index, tuple) else [index]
     tensors = [e for e in entries if is_tensor(e) or isinstance(e, list)]
