@@ -12,7 +12,7 @@ from rewrite.compiled import CompiledGraph, NoCall
 from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import NotApplicableError, PassError
 from rewrite.ir.registry import as_passes
-from rewrite.lower.program import Allowed
+from rewrite.lower.interface import Allowed
 
 _OPTIONS = frozenset({"passes", "backend"})
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from rewrite.lower.cursor import Cursor, behind_inputs
-from rewrite.lower.program import Extra, Produced
+from rewrite.lower.interface import Extra, Produced
 from rewrite.lower.relaid import elements_handed
 from rewrite.recognise.operators import value_of
 from rewrite.recognise.sites import Found, Recognition

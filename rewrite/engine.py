@@ -17,7 +17,8 @@ from rewrite.cost import GraphCost, graph_cost
 from rewrite.graph_time import device_of, operator_costs
 from rewrite.ir.passes import Pass
 from rewrite.ir.program import Program
-from rewrite.lower.program import Allowed, Extra, Produced, ProgramLowering
+from rewrite.lower.interface import Allowed, Extra, Produced
+from rewrite.lower.program import ProgramLowering
 from rewrite.lower.prompts import read_new_keys
 from rewrite.names import Names
 from rewrite.notes import Note

@@ -22,7 +22,7 @@ from rewrite.compiled import Call, CompiledGraph, InnerBackend, KeptTokens, NoCa
 from rewrite.dry_run import call_original
 from rewrite.engine import Record, Rewriter
 from rewrite.ir.errors import ModelCallError, RewriteError
-from rewrite.lower.program import Allowed
+from rewrite.lower.interface import Allowed
 from rewrite.names import Names
 from rewrite.notes import CacheNotes, Note, Slot, slots, storage_of
 from rewrite.observers import observers_aside

@@ -28,7 +28,7 @@ from rewrite.ir.errors import NotApplicableError, PassError, RewriteError
 from rewrite.ir.passes import Pass
 from rewrite.ir.program import Program
 from rewrite.ir.registry import available_passes, parse_pass, pass_class
-from rewrite.lower.program import Allowed
+from rewrite.lower.interface import Allowed
 from rewrite.names import Names
 from rewrite.runner import Runner, running
 from rewrite.session import Session

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 import codegen
 from rewrite.ir.errors import ModelCallError, NotApplicableError
-from rewrite.ir.operations import Attend, Body, Grouping, Parameter, PlainOperation, ReceivedSinks, Sum
+from rewrite.ir.operations import Attend, Body, Grouping, PlainOperation, ReceivedSinks, Sum
 from rewrite.ir.program import Program
 from rewrite.ir.selection import LOG_SIZE, PRESENT, Select, first_layer
 from rewrite.ir.site import Site
 from rewrite.lower import functions
 from rewrite.lower.cache_outputs import entries_of, parts_of
 from rewrite.lower.cursor import Cursor
+from rewrite.lower.interface import Allowed, Extra, Produced
 from rewrite.lower.lowering import lower_site, traced
 from rewrite.lower.mask_reading import Given, read_masks
 from rewrite.lower.present import PresentKeys
@@ -35,48 +35,6 @@ from rewrite.tokens.chosen import Choice, Held
 from rewrite.tokens.placement import Selection
 from rewrite.tokens.surgery import push_selections
 from rewrite.tokens.visual import visual_mask_node
-
-
-@dataclass(frozen=True)
-class Extra:
-    """A value that a rewritten graph takes beside the traced inputs.
-
-    kind "parameter": the added parameter `name`. "positions", "length", "groups", "sinks", "state", "seen": from the note of the cache
-    entry that is input `index`. "present": which tokens of that entry are no padding.
-    "visual", "features": what an earlier graph of the call carried with the activation that is input `index`. "stay", "made": what was
-    chosen of the pictures in it, see `Chosen`.
-    """
-
-    kind: str
-    name: str = ""
-    index: int = -1
-
-
-@dataclass(frozen=True)
-class Produced:
-    """A value that a rewritten graph returns beside the traced outputs.
-
-    "positions", "length", "padded", "groups" or "sinks" of the cache entries `outputs`; "state", "seen" and "held" of what stands for them
-    (`codegen.recurrence`); "visual" and "features" of the activations `outputs`, "stay" and "made" of the pictures in them. "kept",
-    "length" and "holders" of the tokens that `sites` see; "routed", what a router in front of one is given.
-    """
-
-    kind: str
-    outputs: tuple[int, ...]
-    sites: tuple[str, ...] = ()
-
-
-@dataclass
-class Allowed:
-    """What a graph may ask of whoever runs it, and the parameters it asked for so far, by full name.
-
-    data_sizes: it may read a number of tokens off the data; else it takes the most that there can be, and padding.
-    """
-
-    parameters: bool = False
-    notes: bool = True
-    data_sizes: bool = True
-    added: dict[str, Parameter] = field(default_factory=dict)
 
 
 class ProgramLowering:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from rewrite.ir.expression import conjuncts, letters
 from rewrite.ir.selection import Exit, Irrelevant, Select
-from rewrite.lower.cursor import Cursor
+from rewrite.lower.cursor import Cursor, behind_inputs
 from rewrite.lower.left import Left
 from rewrite.lower.pictures import Stay
 from rewrite.recognise.mask_terms import mask_terms
@@ -18,9 +19,24 @@ from rewrite.recognise.operators import hinted_shape
 from rewrite.recognise.sites import Found
 from rewrite.tokens import by_row, choose, kept_elements
 from rewrite.tokens.gather import gather_tokens
+from rewrite.tokens.visual import VisualMerge
 
 
-def hidden_from_all(entry: Found, ahead: fx.Node) -> tuple[fx.Node, str] | None:
+def every_token_of_rows(entry: Found, merge: VisualMerge, stream: fx.Node, mask: fx.Node) -> Left:
+    """Where no token of `stream` [B, N, C] has left yet; mask: bool [B, N], which are visual."""
+    batch, tokens, _ = hinted_shape(stream)
+    at = Cursor(stream.graph, behind_inputs(stream.graph, max(stream, mask)))
+    numbers, length = at.call(by_row.numbers_of, (mask,)), at.call_method("size", (stream, 1))
+    count = 0 if merge.source is None else math.prod(hinted_shape(merge.source)[:-1]) // batch
+    shown, present = _hidden_from_all(entry, stream) if batch > 1 else None, None
+    if shown is not None:
+        # What pads the prompts themselves may go too: it would be all that a row of fewer pictures keeps more of.
+        index = tuple(slice(None) if axis in shown[1] else 0 for axis in "bhij")
+        present = at.call(by_row.shown_of_rows, (at.call(operator.getitem, (shown[0], index)), stream))
+    return Left(None, length, length, 0, numbers, (tokens, count, count), present=present)
+
+
+def _hidden_from_all(entry: Found, ahead: fx.Node) -> tuple[fx.Node, str] | None:
     """What says which tokens the mask of a site shows at all, by row: a tensor [B, 1, 1, N] that stands in front of `ahead`, and the
     letters of the axes that are read of it. None where the mask is not read so: padding of the caller's is then taken for tokens like
     others.
@@ -72,7 +88,7 @@ def left_by_row(
         numbers = at.call(by_row.numbers_of, (visual,))
         kept = at.call(by_row.numbers_kept, (numbers, left.every, one.count.keep, one.count.rounding, one.count.of == "all"))
         given = (visual, current, kept) if score is None else (visual, score, kept)
-        leaving = at.call(by_row.rows_leaving_spread if score is None else by_row.rows_leaving, given)
+        leaving = at.call(choose.visual_leaving_spread if score is None else choose.visual_leaving, given)
         hint = one.count.number(present, every)
     both = at.call(by_row.rows_that_stay, (leaving, left.present))
     chosen, stays = (at.call(operator.getitem, (both, part)) for part in range(2))

@@ -20,16 +20,17 @@ from rewrite.lower.cursor import Cursor, Number, behind_inputs
 from rewrite.lower.fusing import attention_of, fuse_tokens
 from rewrite.lower.left import Left
 from rewrite.lower.merging import Merged, merge_tokens
+from rewrite.lower.patches import every_patch, left_of_patches
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
 from rewrite.lower.present import PresentKeys
 from rewrite.lower.relaid import handed_anew, laid_anew
-from rewrite.lower.rows import hidden_from_all, left_by_row
+from rewrite.lower.rows import every_token_of_rows, left_by_row
 from rewrite.lower.scores import Scores, rule_of
 from rewrite.lower.stacks import Stacks, of_patches
 from rewrite.lower.stand_ins import StandIns
 from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.tokens import by_row, choose, merging
+from rewrite.tokens import choose, merging
 from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.gather import gather_tokens, kept_positions, places_of_present
 from rewrite.tokens.placement import Selection
@@ -84,7 +85,7 @@ class Selections:
             for one in self.stacks.operations(stack):
                 assert not isinstance(one, Merge)
                 entry, stream = self._places[one]
-                left = self._leave(one, entry, stream, left or self._all(entry, stream, one))
+                left = self._leave(one, entry, stream, left or self._every_token(entry, stream, one))
                 whole = hinted_shape(stream)[1]
                 self._note(one, whole - left.hints[0], self.seeds[self._cut[stream]][1])
         self.sizes.put()
@@ -98,35 +99,22 @@ class Selections:
         self.gone.update(dict.fromkeys(behind, gone))
         self.seen.update(dict.fromkeys(behind, left))
 
-    def _all(self, entry: Found, stream: fx.Node, one: TokenOperation) -> Left:
+    def _every_token(self, entry: Found, stream: fx.Node, one: TokenOperation) -> Left:
         """Where no token has left yet."""
-        batch, tokens, _ = hinted_shape(stream)
         if isinstance(one, Select) and one.candidates == "patches":
-            with self.graph.inserting_after(behind_inputs(self.graph, stream)):
-                length = self.graph.call_method("size", (stream, 1))
-            return Left(None, length, length, 0, 0, (tokens, 0, 0))
+            return every_patch(stream)
         merge = entry.merge
         assert merge is not None
         if one.stack in self.program.by_row:
-            mask = self.visual(entry)
-            at = Cursor(self.graph, behind_inputs(self.graph, max(stream, mask)))
-            numbers, length = at.call(by_row.numbers_of, (mask,)), at.call_method("size", (stream, 1))
-            count = 0 if merge.source is None else math.prod(hinted_shape(merge.source)[:-1]) // batch
-            shown, present = hidden_from_all(entry, stream) if batch > 1 else None, None
-            if shown is not None:
-                # What pads the prompts themselves may go too: it would be all that a row of fewer pictures keeps more of.
-                index = tuple(slice(None) if axis in shown[1] else 0 for axis in "bhij")
-                present = at.call(by_row.shown_of_rows, (at.call(operator.getitem, (shown[0], index)), stream))
-            return Left(None, length, length, 0, numbers, (tokens, count, count), present=present)
+            return every_token_of_rows(entry, merge, stream, self.visual(entry))
         if merge.source is None:
             raise NotApplicableError(
                 f"{entry.site.name}: how many visual tokens there are cannot be read off the shapes at {merge.node.name}; "
                 f"{one.by} needs the number to be fixed"
             )
-        with self.graph.inserting_after(behind_inputs(self.graph, max(stream, merge.source))):
-            visual = self.graph.call_function(choose.visual_per_row, (stream, merge.source))
-        with self.graph.inserting_after(visual):
-            length = self.graph.call_method("size", (stream, 1))
+        at = Cursor(self.graph, behind_inputs(self.graph, max(stream, merge.source)))
+        visual, length = at.call(choose.visual_per_row, (stream, merge.source)), at.call_method("size", (stream, 1))
+        batch, tokens, _ = hinted_shape(stream)
         count = math.prod(hinted_shape(merge.source)[:-1]) // batch
         return Left(None, length, length, visual, visual, (tokens, count, count))
 
@@ -185,7 +173,7 @@ class Selections:
         at = Cursor(self.graph, behind_inputs(self.graph, max(needed)))
         stays: fx.Node | None = None
         if isinstance(one, Select) and one.candidates == "patches":
-            chosen, stays, left = self._patches(one, entry, left, current, score, at)
+            chosen, stays, left = left_of_patches(one, entry, left, current, score, self.data_sizes, at)
         else:
             chosen, left = self._visual(one, entry, left, current, score, at)
         if isinstance(one, Select) and one.fuse and stays is not None:
@@ -226,38 +214,6 @@ class Selections:
             self.scores.told[one.stack] = present
             self.seeds[present] = {1: selection}
 
-    def _patches(
-        self, one: Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor
-    ) -> tuple[fx.Node, fx.Node | None, Left]:
-        """Places of what stays among the tokens of `current`, which of them are no padding (None: all), and what is left then."""
-        layout, tokens = entry.site.layout, left.hints[0]
-        around = layout.prefix + layout.suffix
-        there = at.combine(operator.sub, left.kept, around)
-        every = at.combine(operator.sub, left.length, around)
-        hint = one.count.number(tokens - around, hinted_shape(current)[1] - around)
-        number = at.call(choose.number_kept, (there, every, one.count.keep, one.count.rounding, one.count.of == "all"))
-        stays: fx.Node | None = None
-        if one.count.mass is not None:
-            share = (one.count.keep, one.count.rounding) if isinstance(one.count.keep, float) and one.count.of == "present" else None
-            ends = (layout.prefix, layout.suffix)
-            facts = (number, share, one.count.mass, not self.data_sizes)
-            both = at.call(choose.patches_of_mass, (score, left.present, ends, *facts))
-            chosen, stays = (at.call(operator.getitem, (both, part)) for part in range(2))
-        elif left.present is not None:
-            raise NotApplicableError(
-                f"{entry.site.name}: rows keep different numbers of patches, of which {one.by} would have to choose some"
-            )
-        else:
-            chosen = at.call(choose.chosen_patches, (score, layout.prefix, number, layout.suffix))
-        positions, present = at.call(choose.composed_positions, (left.positions, chosen)), stays
-        if one.fuse:
-            positions = at.call(choose.positions_with_fused, (positions, left.length, layout.suffix))
-        if one.fuse and stays is not None:
-            present = at.call(choose.present_with_fused, (stays, left.present, left.kept, layout.suffix))
-        kept = at.call_method("size", (positions, 1))
-        hints = (around + hint + one.fuse, 0, 0)
-        return chosen, stays, Left(positions, left.length, kept, 0, 0, hints, left.fused or one.fuse, present)
-
     def _visual(
         self, one: Exit | Select, entry: Found, left: Left, current: fx.Node, score: fx.Node | None, at: Cursor
     ) -> tuple[fx.Node, Left]:
@@ -288,7 +244,7 @@ class Selections:
             number = at.call(choose.number_kept, (left.visual, left.every, one.count.keep, one.count.rounding, one.count.of == "all"))
             hint = one.count.number(present, every)
             if score is None:
-                leaves = at.call(choose.visual_leaving_spread, (mask, current, left.visual, number))
+                leaves = at.call(choose.visual_leaving_spread, (mask, current, number, left.visual))
             else:
                 leaves = at.call(choose.visual_leaving, (mask, score, number))
         kept = at.combine(operator.add, at.combine(operator.sub, left.kept, left.visual), number)

@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 
 from rewrite.ir.selection import Count, Rounding
-from rewrite.ir.site_operations import spread_out
-from rewrite.tokens.gather import gather_tokens
 
 
 def numbers_of(visual: Tensor) -> Tensor:
@@ -31,26 +29,6 @@ def numbers_kept(numbers: Tensor, every: Tensor, keep: float | int, rounding: Ro
     count = Count(keep, rounding, "all" if of_all else "present")
     rows = zip(numbers.tolist(), every.tolist(), strict=True)
     return numbers.new_tensor([min(count.number(now, first), now) for now, first in rows])
-
-
-def rows_leaving(visual: Tensor, score: Tensor, kept: Tensor) -> Tensor:
-    """All but the `kept` of the greatest `score` [B, N] in each row."""
-    order = score.masked_fill(~visual, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    return visual & (rank >= kept[:, None])
-
-
-def rows_leaving_spread(visual: Tensor, stream: Tensor, kept: Tensor) -> Tensor:
-    """All but the `kept` of each row that are far apart from each other; stream [B, N, C]."""
-    most = int(visual.sum(1).max())
-    if not most:
-        return visual
-    places = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-    chosen = spread_out(gather_tokens(stream, places, 1), int(kept.max()), visual.gather(1, places))
-    among = torch.arange(chosen.shape[1], device=chosen.device) < kept[:, None]
-    stay = torch.where(among, places.gather(1, chosen), visual.shape[1])
-    stays = torch.nn.functional.pad(torch.zeros_like(visual), (0, 1)).scatter(1, stay, True)
-    return visual & ~stays[:, :-1]
 
 
 def rows_leaving_irrelevant(visual: Tensor, score: Tensor, below: float) -> Tensor:

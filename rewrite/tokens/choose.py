@@ -138,13 +138,14 @@ def _in_front_of_last(tokens: Tensor, one: Tensor, suffix: int) -> Tensor:
     return torch.cat([tokens[:, :ahead], one, tokens[:, ahead:]], 1)
 
 
-def visual_leaving(visual: Tensor, score: Tensor, kept: int) -> Tensor:
+def visual_leaving(visual: Tensor, score: Tensor, kept: int | Tensor) -> Tensor:
     """bool [B, N]: the visual tokens that leave, all but the `kept` of the greatest `score` [B, N] in each row, of equal ones the first.
 
-    visual [B, N] bool.
+    visual [B, N] bool. kept: of every row, or int64 [B].
     """
-    best = score.masked_fill(~visual, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :kept]
-    return visual & ~torch.zeros_like(visual).scatter(1, best, True)
+    order = score.masked_fill(~visual, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return visual & (torch.empty_like(order).scatter(1, order, place) >= _of_rows(kept))
 
 
 def best_of_pictures(score: Tensor, prefix: int, kept: int) -> Tensor:
@@ -166,11 +167,25 @@ def visual_leaving_by_picture(visual: Tensor, stay: Tensor) -> Tensor:
     return torch.zeros_like(visual).masked_scatter(visual, ~stay)
 
 
-def visual_leaving_spread(visual: Tensor, stream: Tensor, present: int, kept: int) -> Tensor:
-    """bool [B, N]: the visual tokens that leave; `kept` of the `present` ones in each row stay, those far apart. stream [B, N, C]."""
-    places = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :present]
-    stay = places.gather(1, spread_out(gather_tokens(stream, places, 1), kept))
-    return visual & ~torch.zeros_like(visual).scatter(1, stay, True)
+def visual_leaving_spread(visual: Tensor, stream: Tensor, kept: int | Tensor, present: int | None = None) -> Tensor:
+    """bool [B, N]: the visual tokens that leave; `kept` of each row stay, those far apart. stream [B, N, C].
+
+    kept: of every row, or int64 [B]. present: how many visual tokens each row holds; None: rows differ, and the data are asked.
+    """
+    most = int(visual.sum(1).max()) if present is None else present
+    number = int(kept.max()) if isinstance(kept, Tensor) else kept
+    if not number:
+        return visual
+    places = visual.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
+    chosen = spread_out(gather_tokens(stream, places, 1), number, visual.gather(1, places) if present is None else None)
+    among = torch.arange(chosen.shape[1], device=chosen.device) < _of_rows(kept)
+    stay = torch.where(among, places.gather(1, chosen), visual.shape[1])
+    stays = functional.pad(torch.zeros_like(visual), (0, 1)).scatter(1, stay, True)
+    return visual & ~stays[:, :-1]
+
+
+def _of_rows(number: int | Tensor) -> int | Tensor:
+    return number[:, None] if isinstance(number, Tensor) else number
 
 
 def routed_features(visual: Tensor, stream: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def _index_select(node: fx.Node) -> Flow:
 
 
 def _getitem(node: fx.Node) -> Flow | None:
-    """Indexing with slices, numbers, None, Ellipsis and tensors; an item of a tuple has the axes of the first one, or the first of these."""
+    """Indexing with slices, numbers, None, Ellipsis and tensors; an item of a tuple has the first axes of its first one."""
     source, index = node.args
     if not isinstance(source, fx.Node):
         return None

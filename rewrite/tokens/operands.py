@@ -6,11 +6,10 @@ import operator
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import fx
 
-from rewrite.ir.errors import NotApplicableError
 from rewrite.tokens import rules
 from rewrite.tokens.by_row import joined_present
 from rewrite.tokens.edits import combine, full_size, insert_call, insert_gather_call, insert_lift, insert_restore_call, set_argument
@@ -18,14 +17,8 @@ from rewrite.tokens.flow import Flow, Group, Label, Operand
 from rewrite.tokens.frozen import Frozen
 from rewrite.tokens.gather import flatten_positions, join_positions, places_of_present, positions_between, present_between
 from rewrite.tokens.marks import with_marks
-from rewrite.tokens.placement import Placement, Selection, example, is_tensor, module_path, shape_of, storages_of
-
-
-def refuse(node: fx.Node, reason: str, advice: str) -> NoReturn:
-    """Raise the error that says why tokens cannot be dropped before `node`, and what to do."""
-    where = f"node {node.name} ({rules.name_of(node) or node.op}) in {module_path(node)}"
-    raise NotApplicableError(f"tokens cannot be dropped before {where}: {reason}; {advice}")
-
+from rewrite.tokens.placement import Placement, Selection, example, is_tensor, shape_of, storages_of
+from rewrite.tokens.refusals import refuse
 
 _WITHOUT = {"fused": "select without fusing", "merged": "merge in other layers"}
 

@@ -12,14 +12,13 @@ are restored as copies of what they went into, and what computes over these coun
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from torch import fx
 
-from rewrite.ir.operations import Attend, Statistic
-from rewrite.ir.selection import LOG_SIZE, PRESENT
+from rewrite.ir.selection import LOG_SIZE
 from rewrite.tokens import rules
 from rewrite.tokens.edits import (
     answer_size_query,
@@ -28,8 +27,9 @@ from rewrite.tokens.edits import (
     set_argument,
 )
 from rewrite.tokens.flow import Flow, Group, Label, Operand, axis_flow
-from rewrite.tokens.operands import Operands, refuse
+from rewrite.tokens.operands import Operands
 from rewrite.tokens.placement import Placement, Selection, first_tensor, shape_of
+from rewrite.tokens.refusals import reads, refuse, refuse_other_results
 from rewrite.tokens.routed import Routed, routed_regions
 
 
@@ -221,7 +221,7 @@ class _Surgery:
         """
         weighed = flow.normalised | flow.contracted
         counted = any(label in flow.reduced or (sized and label in weighed) for label, sized in self.merged(flow))
-        return counted and LOG_SIZE not in _reads(node)
+        return counted and LOG_SIZE not in reads(node)
 
     def merged(self, flow: Flow) -> list[tuple[Label, bool]]:
         """The axes of the operands on which tokens were merged, and whether these count by their size."""
@@ -243,7 +243,7 @@ class _Surgery:
                     refuse(node, "it combines batches that are laid out differently", "select after it")
                 batch, rows = own_batch, place.rows
             restored |= zeros
-        self.check(node, flow, selected, restored, batch)
+        refuse_other_results(node, flow, selected, restored, batch, node in self.live)
 
         if name == "view" and selected:  # a gathered tensor may have other strides than the traced one
             node.target = "reshape"
@@ -279,26 +279,6 @@ class _Surgery:
             at = flow.output.index(batch) if batch in flow.output else None
             self.placements[node] = Placement(axes, marks, at, rows)
 
-    def check(self, node: fx.Node, flow: Flow, selected: Mapping[Label, Selection], restored: set[Label], batch: Label | None) -> None:
-        """Refuse what would compute something else on fewer tokens, or on zeros."""
-        computed = flow.reduced | flow.normalised | flow.contracted
-        if flow.reduced & selected.keys():
-            refuse(node, "it computes over the tokens, of which some were dropped", "select after it, or in a model that does not pool")
-        if computed & restored:
-            refuse(node, "it computes over tokens, of which the dropped ones were put back as zeros", "select after it")
-        padded = any(selected[label].present is not None for label in computed & selected.keys())
-        if padded and node in self.live and PRESENT not in _reads(node):
-            refuse(node, "it computes over the tokens, of which rows kept different numbers", "select without mass=")
-        if batch in computed:
-            refuse(node, "it computes over the batch, whose rows kept different tokens", "select after it")
-        if restored & selected.keys():
-            refuse(node, "it combines selected tokens with tokens that were put back as zeros", "select after it")
-        if rules.name_of(node) == "scaled_dot_product_attention" and rules.argument(node, 5, "is_causal", default=False):
-            query, key = selected.get("n"), selected.get("m")
-            if (query and query.positions) is not (key and key.positions):
-                advice = "pass the causal mask as attn_mask, so that it can be gathered"
-                refuse(node, "is_causal=True with queries and keys of different selections", advice)
-
     def output(self, node: fx.Node) -> dict[fx.Node, Selection]:
         short: dict[fx.Node, Selection] = {}
         with self.graph.inserting_before(node):
@@ -333,13 +313,6 @@ def _read(graph: fx.Graph) -> set[fx.Node]:
         if node.op == "output" or node in found:
             found.update(node.all_input_nodes)
     return found
-
-
-def _reads(node: fx.Node) -> Collection[str]:
-    """The tensors that an attention of the IR, or a statistic of one, reads."""
-    kinds: dict[str, type[Attend] | type[Statistic]] = {"attend": Attend, "attention_statistic": Statistic}
-    kind = kinds.get(rules.name_of(node))
-    return () if kind is None else kind.from_json(str(node.args[-1])).tensors()
 
 
 def _regrouped(node: fx.Node, flow: Flow, operand: Operand, place: Placement, group: Group) -> tuple[Label, int] | None:

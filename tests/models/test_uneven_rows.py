@@ -15,7 +15,7 @@ from rewrite import NotApplicableError, cached_tokens, kept_tokens
 from tests.models.architectures import IMAGE_TOKEN, TEXT_TOKENS, llava, rewritten, same_gradients
 from tests.models.corpus.cases import EVERYTHING
 from tests.models.oracles import Rule, Survivors, attention_replaced_by, best, visual_masked_from
-from tests.models.test_selection import TEXT
+from tests.models.test_selection import TEXT, spread_keeps
 from tests.models.test_selection_experts import mixture
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -53,8 +53,12 @@ def share(count: int, keep: float) -> int:
     return int(count * keep + 0.5)
 
 
-def by_last_query(layer: int, keep: float, place: str = "behind") -> Callable[[Survivors, torch.Tensor], None]:
-    def put(oracle: Survivors, visual: torch.Tensor) -> None:
+# What gives an oracle the rules of a setting, from the visual tokens of a row and the model.
+Rules = Callable[[Survivors, torch.Tensor, Any], None]
+
+
+def by_last_query(layer: int, keep: float, place: str = "behind") -> Rules:
+    def put(oracle: Survivors, visual: torch.Tensor, model: Any) -> None:
         count = share(int(visual.sum()), keep)
         rule: Rule = lambda weights, alive: (alive & ~visual) | best(weights[:, :, -1].mean(1), alive & visual, count)  # noqa: E731
         getattr(oracle, place)[layer] = rule
@@ -62,12 +66,16 @@ def by_last_query(layer: int, keep: float, place: str = "behind") -> Callable[[S
     return put
 
 
-def in_stages(oracle: Survivors, visual: torch.Tensor) -> None:
-    by_last_query(1, 0.5, "before")(oracle, visual)
-    by_last_query(3, 0.25, "before")(oracle, visual)
+def in_stages(oracle: Survivors, visual: torch.Tensor, model: Any) -> None:
+    by_last_query(1, 0.5, "before")(oracle, visual, model)
+    by_last_query(3, 0.25, "before")(oracle, visual, model)
 
 
-def by_tower(oracle: Survivors, visual: torch.Tensor) -> None:
+def far_apart(oracle: Survivors, visual: torch.Tensor, model: Any) -> None:
+    oracle.before[0] = spread_keeps(model, visual, share(int(visual.sum()), 0.25))
+
+
+def by_tower(oracle: Survivors, visual: torch.Tensor, model: Any) -> None:
     def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         score = oracle.weights[1][:, :, 0, 1:].mean(1)
         return alive & ~visual.masked_scatter(visual, ~best(score, torch.ones_like(score, dtype=torch.bool), 4))
@@ -75,12 +83,12 @@ def by_tower(oracle: Survivors, visual: torch.Tensor) -> None:
     oracle.before[0] = rule
 
 
-def all_leave(oracle: Survivors, visual: torch.Tensor) -> None:
+def all_leave(oracle: Survivors, visual: torch.Tensor, model: Any) -> None:
     oracle.before[2] = lambda weights, alive: alive & ~visual
 
 
-def irrelevant(below: float) -> Callable[[Survivors, torch.Tensor], None]:
-    def put(oracle: Survivors, visual: torch.Tensor) -> None:
+def irrelevant(below: float) -> Rules:
+    def put(oracle: Survivors, visual: torch.Tensor, model: Any) -> None:
         def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
             given = (weights[:, :, -1].mean(1) * visual).sum(1)
             return alive & ~visual if bool((given < below).all()) else alive
@@ -92,22 +100,23 @@ def irrelevant(below: float) -> Callable[[Survivors, torch.Tensor], None]:
 
 # Between the relevances that the rows' pictures have in the layers, so that they leave in different ones.
 BELOW = 0.6
-SETTINGS: dict[str, Callable[[Survivors, torch.Tensor], None]] = {
+SETTINGS: dict[str, Rules] = {
     "fastv(layer=2, drop=0.5)": by_last_query(1, 0.5),
     "pyramid(layers=(1, 3), keep=0.5)": in_stages,
     "cls_prune(keep=0.25)": by_tower,
     "token_exit(layer=2)": all_leave,
     f"token_exit(relevance={BELOW})": irrelevant(BELOW),
+    "diverse(keep=0.25)": far_apart,
 }
-FASTV, PYRAMID, BY_TOWER, EXIT, RELEVANCE = SETTINGS
+FASTV, PYRAMID, BY_TOWER, EXIT, RELEVANCE, DIVERSE = SETTINGS
 
 
-def alone(row: dict[str, torch.Tensor], setting: str, call: Callable[..., Any]) -> tuple[Any, dict[int, torch.Tensor]]:
-    """One row by itself through the original, with what left masked; and what is left in each layer."""
+def alone(row: dict[str, torch.Tensor], setting: str, model: Any, call: Callable[..., Any]) -> tuple[Any, dict[int, torch.Tensor]]:
+    """One row by itself through a `call` of the original, with what left masked; and what is left in each layer."""
     if "pixel_values" not in row:
         return call(**row), {}
     oracle = Survivors(TEXT)
-    SETTINGS[setting](oracle, row["input_ids"] == IMAGE_TOKEN)
+    SETTINGS[setting](oracle, row["input_ids"] == IMAGE_TOKEN, model)
     with torch.no_grad(), attention_replaced_by(oracle):
         return call(**row), oracle.seen
 
@@ -122,7 +131,7 @@ def as_each_row_alone(changed: Any, model: Any, setting: str, rows: list[dict[st
         actual = changed(**together(rows))
     numbers: list[int] = []
     for at, row in enumerate(rows):
-        expected, seen = alone(row, setting, model)
+        expected, seen = alone(row, setting, model, model)
         length = row["input_ids"].shape[1]
         left = seen.get(3, torch.ones(1, length, dtype=torch.bool))[0]
         assert torch.equal(list(kept.values())[-1].mask[at, -length:], left)
@@ -138,6 +147,7 @@ CASES: dict[str, tuple[str, list[int] | None, dict[str, Any]]] = {
     FASTV: ("sdpa", [16, 0, 8, 24], {"num_beams": 2, "cache_implementation": "static"}),
     PYRAMID: ("eager", [8, 0, 4, 12], {}),
     RELEVANCE: ("sdpa", None, {}),
+    DIVERSE: ("sdpa", [8, 0, 4, 12], {}),
 }
 MORE: dict[str, tuple[str, list[int] | None, dict[str, Any]]] = {
     BY_TOWER: ("sdpa", [8, 0, 4, 12], {"num_beams": 2}),
@@ -157,7 +167,7 @@ def test_as_each_row_alone(setting: str) -> None:
     actual = changed.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1] :]
     own = {name: value for name, value in options.items() if name != "cache_implementation"}
     for at, row in enumerate(rows):
-        expected, _ = alone(row, setting, lambda **call: model.generate(**call, **GREEDY, **own))
+        expected, _ = alone(row, setting, model, lambda **call: model.generate(**call, **GREEDY, **own))
         assert torch.equal(actual[at], expected[0, row["input_ids"].shape[1] :]), at
     assert not torch.equal(actual, model.generate(**inputs, **GREEDY, **own)[:, inputs["input_ids"].shape[1] :])
 
@@ -235,3 +245,19 @@ def test_where_rows_must_keep_as_many() -> None:
     both = rewritten(llava("sdpa"), ["lightning", "fastv(layer=2)"], together(prompts((1, 1))))
     with pytest.raises(NotApplicableError, match=r"lightning makes something else.*the same number of visual tokens"), torch.no_grad():
         both(**rows)
+
+
+def test_a_prompt_that_hides_a_patch_of_its_own() -> None:
+    """Which patches stay is told by the tower, place by place, whatever the prompt's own mask says of them."""
+    model, rows = llava("sdpa"), prompts((2, 1))
+    for row, place in zip(rows, (WORDS + 3, WORDS + 7), strict=True):
+        row["attention_mask"][0, [0, place]] = 0
+    changed = rewritten(llava("sdpa"), [BY_TOWER], together(rows))
+    with torch.no_grad(), kept_tokens(changed) as kept:
+        actual = changed(**together(rows))
+    for at, row in enumerate(rows):
+        expected, seen = alone(row, BY_TOWER, model, model)
+        length, shown = row["input_ids"].shape[1], row["attention_mask"][0].bool()
+        left = seen[3][0] & shown
+        assert torch.equal(list(kept.values())[-1].mask[at, -length:] & shown, left)
+        assert close(actual.logits[at, -length:][left], expected.logits[0][left])
