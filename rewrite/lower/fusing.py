@@ -63,7 +63,7 @@ def fuse_tokens(
     positions = at.call(choose.composed_positions, (before.positions if before else None, stays))
     into = at.call(merging.composed_holders, (None, stays, merged, target))
     holders = at.call(merging.composed_holders, (before.holders, stays, merged, target)) if before else into
-    selection = Selection(positions, left.length, at.call_method("size", (positions, 1)), holders=holders)
+    selection = Selection(positions, left.length, at.call_method("size", (positions, 1)), holders=holders, sized=one.proportional)
     heavier = at.call(merging.merged_sizes, (weights, stays, merged, target))
     cut = at.call(merging.merged_tokens, (stream, weights, heavier, stays, merged, target))
     after = at.call(merging.merged_sizes, (counted, stays, merged, target))

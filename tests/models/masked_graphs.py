@@ -2,12 +2,11 @@
 
 The attention of one stack of layers is computed from its IR with the dropped tokens masked, and nothing is added to these any more;
 everything else is the model's own operators. Where tokens merge, every one of them goes on holding the merged value: attention then counts
-it as often as it stands for tokens.
+it as often as it stands for tokens. Where what leaves is fused into one token more, the first of those that left has its place.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,7 +24,7 @@ from rewrite.lower.residual import behind_attention, behind_layer
 from rewrite.recognise.region import viewed
 from rewrite.recognise.sites import Found, recognise
 from rewrite.runner import CAPTURE_ERRORS
-from tests.models.oracles import Rule, best
+from tests.models.oracles import Rule, groups_of
 
 ALIVE = "alive"
 
@@ -36,19 +35,28 @@ class Masked:
     with `begin`, in each stack of a graph: that is called with the first site of each, where no token has left.
 
     joined: (tokens in front of the stack's, all of them) in attention behind it to these and others; None: there is no such attention.
-    merges: by layer, how many tokens its keys merge away, of which the first `prefix` and the last `suffix` stay. weights: of every
-    attention, by name.
+    merges: by layer, how many tokens its keys merge away, of which the first `prefix` and the last `suffix` stay; fuses: likewise of MCTF,
+    by the map of the layer. fused: what leaves behind a layer is fused, weighed by the attention of CLS, at the places `spare` [B].
+    weights, operands: of every attention that is not of the stack, by name. entered: the stream in front of the last layer that
+    was. remade: by the name of a site and where in its layer ("behind", "patches"), what becomes of the tokens there.
     """
 
     of: Callable[[Site], bool]
     before: dict[int, Rule] = field(default_factory=dict)
     behind: dict[int, Rule] = field(default_factory=dict)
     merges: dict[int, int] = field(default_factory=dict)
+    fuses: dict[int, int] = field(default_factory=dict)
+    fused: bool = False
+    remade: dict[tuple[str, str], Callable[[torch.Tensor], torch.Tensor]] = field(default_factory=dict)
     prefix: int = 0
     suffix: int = 0
     alive: torch.Tensor | None = None
     seen: torch.Tensor | None = None
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    operands: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
+    entered: torch.Tensor | None = None
+    spare: torch.Tensor | None = None
+    fusing: tuple[torch.Tensor, torch.Tensor] | None = None
     layer: int = -1
     groups: list[list[list[int]]] | None = None
     begin: Callable[[Masked, Site], None] | None = None
@@ -61,8 +69,9 @@ class Masked:
         with torch.no_grad():
             model(**inputs)  # what a model sets up at its first call would cut the capture
             for settings in (WHOLE_GRAPHS, {}):
-                self.alive, self.groups, self.layer, self.stack = None, None, -1, None
+                self.alive, self.groups, self.layer, self.stack, self.spare = None, None, -1, None, None
                 self.weights.clear()
+                self.operands.clear()
                 try:
                     with torch._dynamo.config.patch(settings):
                         return torch.compile(model, backend=self)(**inputs)
@@ -83,15 +92,20 @@ class Masked:
         """Begin with every token where an earlier attention of the graph was of another stack."""
         here = id(graph), site.stack
         if self.begin is not None and (self.stack is None or (self.stack[0] == here[0] and self.stack != here)):
-            self.alive, self.groups, self.layer = None, None, -1
+            self.alive, self.groups, self.layer, self.spare = None, None, -1, None
             self.begin(self, site)
         self.stack = here
 
-    def attended(self, entry: Found, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-        """What an attention of the stack gives, [B, H, Nq, Dv]; None where the model's own result stands."""
+    def attended(
+        self, entry: Found, values: Mapping[str, torch.Tensor], value_of: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """What an attention of the stack gives, [B, H, Nq, Dv]; None where the model's own result stands.
+
+        value_of: what its value would be, were its layer entered by another stream; that is then what all that follows sees.
+        """
         attend = entry.site.attend
         if not self.of(entry.site):
-            self.weights[entry.site.name] = attention_weights(attend, dict(values))
+            self.weights[entry.site.name], self.operands[entry.site.name] = attention_weights(attend, dict(values)), values
             return self.pooled(entry.site, values)
         self.enter(entry.region.output.graph, entry.site)
         self.layer += 1
@@ -106,6 +120,14 @@ class Masked:
         self.seen = self.alive
         if self.layer in self.behind:
             self.alive = self.behind[self.layer](weights, self.alive)
+            self.fusing = None
+            if self.fused:
+                leaving = self.seen & ~self.alive
+                self.spare = leaving.long().argmax(1)
+                self.fusing = self.spare, weights[:, :, 0].mean(1) * leaving
+                self.alive = self.alive.scatter(1, self.spare[:, None], True)
+        if self.layer in self.fuses:
+            return self.fused_ahead(weights, value_of)
         return weights @ values["value"].repeat_interleave(weights.shape[1] // values["value"].shape[1], dim=1)
 
     def pooled(self, site: Site, values: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
@@ -116,6 +138,7 @@ class Masked:
             return self.hidden(site, values, beside)
         if (
             self.merges
+            or self.fuses
             or self.alive is None
             or site.kind != "cross"
             or keys not in (self.alive.shape[1], self.alive.shape[1] - self.prefix)
@@ -150,6 +173,32 @@ class Masked:
                     yield node, ahead, alive
                     ahead = node
 
+    def fused_ahead(self, weights: torch.Tensor, value_of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Every token that fuses with others in front of a layer holds what they become; the layer's map, fused too, times their values."""
+        assert self.entered is not None
+        stream = self.entered
+        if self.groups is None:
+            self.groups = [[[place] for place in range(stream.shape[1])] for _ in stream]
+        made, averages = stream.clone(), []
+        for row, groups in enumerate(self.groups):
+            first = [group[0] for group in groups]
+            sizes = torch.tensor([float(len(group)) for group in groups])
+            received = torch.stack([weights[row][..., group].sum(-1) for group in groups], -1)[:, first].mean((0, 1))
+            together = groups_of(stream[row, first], received, sizes, self.fuses[self.layer], self.prefix, self.suffix)
+            self.groups[row] = [[place for one in ids for place in groups[one]] for ids in together]
+            share = torch.zeros(stream.shape[1])
+            share[first] = received * sizes
+            averages.append([share / share[group].sum() for group in self.groups[row]])
+            for group, average in zip(self.groups[row], averages[row], strict=True):
+                made[row, group] = average[group] @ stream[row, group]
+        value = value_of(made)
+        result = weights @ value.repeat_interleave(weights.shape[1] // value.shape[1], dim=1)
+        fused = result.clone()
+        for row, groups in enumerate(self.groups):
+            for group, average in zip(groups, averages[row], strict=True):
+                fused[row][:, group] = (average[group, None] * result[row][:, group]).sum(1, keepdim=True)
+        return fused
+
     def merged(self, stream: torch.Tensor, key: torch.Tensor, count: int) -> torch.Tensor:
         """Every token of [B, N, C] that merges with others holds their mean afterwards; `key` [B, H, N, D] says which are alike."""
         if self.groups is None:
@@ -180,6 +229,8 @@ class _Run(fx.Interpreter):
         self.masked = masked
         self.sites = {entry.region.output: entry for entry in found}
         self.residuals: dict[fx.Node, tuple[Found, int]] = {}
+        self.fusing: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.remade = {node: made for entry in found for node, made in self.made_anew(entry)}
         self.frozen: dict[fx.Node, tuple[fx.Node, torch.Tensor]] = {}
 
     def run_node(self, n: fx.Node) -> Any:
@@ -188,19 +239,28 @@ class _Run(fx.Interpreter):
         if entry is not None:
             region = entry.region
             values = {name: operand.layout.apply(self.env[operand.node]) for name, operand in region.operands().items()}
-            made = self.masked.attended(entry, values)
+            self.masked.entered = None if entry.stream is None else self.env[entry.stream]
+            made = self.masked.attended(entry, values, lambda stream: self.value_of(entry, stream))
             if made is not None:
-                if not self.masked.merges and self.masked.of(entry.site):
+                if not self.masked.merges and not self.masked.fuses and self.masked.of(entry.site):
                     later = next(
                         (one for one in self.sites.values() if one.site.layer > entry.site.layer and self.masked.of(one.site)), None
                     )
                     self.frozen.update({node: (ahead, alive) for node, ahead, alive in self.masked.frozen(entry, later)})
+                    residual = None if entry.stream is None else behind_attention(entry, entry.stream)
+                    if residual is not None and self.masked.fusing is not None:
+                        self.fusing[residual] = self.masked.fusing
                 if self.masked.layer in self.masked.merges and entry.stream is not None:
                     residual = behind_attention(entry, entry.stream)
                     if residual is not None:
                         self.residuals[residual] = (entry, self.masked.layer)
                 permuted = made.permute(region.output_order)
                 result = permuted if region.output_shape is None else viewed(permuted, region.output_shape)
+        if n in self.remade:
+            result = self.remade[n](result)
+        if n in self.fusing:
+            spare, share = self.fusing[n]
+            result = result.scatter(1, spare[:, None, None].expand(-1, 1, result.shape[2]), share[:, None] @ result)
         if n in self.frozen:
             ahead, alive = self.frozen[n]
             result = torch.where(alive[..., None], result, self.env[ahead])
@@ -210,19 +270,22 @@ class _Run(fx.Interpreter):
             result = self.masked.merged(result, key, self.masked.merges[layer])
         return result
 
+    def made_anew(self, entry: Found) -> Iterator[tuple[fx.Node, Callable[[torch.Tensor], torch.Tensor]]]:
+        places = {"behind": behind_layer(entry), "patches": entry.patches}
+        for (name, place), made in self.masked.remade.items():
+            node = places[place]
+            if name.endswith(entry.site.name):  # behind a break paths are shorter
+                assert node is not None
+                yield node, made
 
-def last_query(visual: torch.Tensor, count: int) -> Rule:
-    """FastV's and PyramidDrop's rule."""
-    return lambda weights, alive: (alive & ~visual) | best(weights[:, :, -1].mean(1), alive & visual, count)
-
-
-def by_tower(masked: Masked, name: str, prefix: int, visual: torch.Tensor, keep: float) -> Rule:
-    """FasterVLM's rule: the CLS row of one attention of the vision tower chooses patches of every picture."""
-
-    def rule(own: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        weights = next(found for path, found in masked.weights.items() if name.endswith(path))  # behind a break paths are shorter
-        score = weights[:, :, 0, prefix:].mean(1)
-        chosen = best(score, torch.ones_like(score, dtype=torch.bool), math.floor(keep * score.shape[1] + 0.5))
-        return alive & ~torch.zeros_like(visual).masked_scatter(visual, ~chosen)
-
-    return rule
+    def value_of(self, entry: Found, stream: torch.Tensor) -> torch.Tensor:
+        assert entry.stream is not None
+        region, changed = entry.region, {entry.stream: stream}
+        node = entry.stream.next
+        while node is not region.output:
+            if any(source in changed for source in node.all_input_nodes):
+                given = fx.map_arg((node.args, node.kwargs), lambda source: changed.get(source, self.env.get(source)))
+                changed[node] = getattr(self, node.op)(node.target, *given)
+            node = node.next
+        self.env.update(changed)
+        return region.value.layout.apply(changed[region.value.node])

@@ -8,30 +8,9 @@ import torch
 
 from rewrite import rewrite
 from tests.models.architectures import BY_NAME, rewritten, same_gradients
+from tests.models.oracles import groups_of
 
 EPS = torch.finfo(torch.float32).eps
-
-
-def groups_of(x: torch.Tensor, a: torch.Tensor, sizes: torch.Tensor, r: int, prefix: int) -> list[list[int]]:
-    """Which tokens go together, in the order that they have afterwards: those in front, then even ones, then odd ones."""
-    count = len(x)
-    i, u = (1 / a) / (1 / a).max(), (1 / sizes) / (1 / sizes).max()
-    alike = (torch.nn.functional.cosine_similarity(x[:, None], x[None], dim=-1) + 1) / 2
-    scores = alike * (i[:, None] * i) ** (1 / 20) * (u[:, None] * u) ** (1 / 40)
-    even, odd = [t for t in range(0, count, 2) if t >= prefix], [t for t in range(1, count, 2) if t >= prefix]
-    number = min(r, (count - prefix) // 2, count - 10)
-    best = {t: max(odd, key=lambda other, t=t: float(scores[t, other])) for t in even}
-    gone = sorted(even, key=lambda t: -float(scores[t, best[t]]))[: number // 2]
-    left = [t for t in even if t not in gone]
-    back = {t: max(left, key=lambda other, t=t: float(scores[other, t])) for t in odd}
-    away = sorted(odd, key=lambda t: -float(scores[back[t], t]))[: number - number // 2]
-    members = {t: [t] for t in range(count)}
-    for t in gone:
-        members[best[t]] += members.pop(t)
-    for t in away:
-        members[back[t]] += members.pop(t)
-    order = list(range(prefix)) + left + [t for t in odd if t not in away]
-    return [members[t] for t in order]
 
 
 def by_hand(model: Any, images: torch.Tensor, r: int, layers: tuple[int, ...]) -> torch.Tensor:

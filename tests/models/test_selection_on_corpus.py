@@ -5,35 +5,27 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 
-from rewrite import NotApplicableError, Report, Site, rewrite
+from rewrite import NotApplicableError, Report, rewrite
 from rewrite.ir.errors import NoAttentionError
 from tests.models.corpus.cases import BY_NAME, ENTRIES, EVERYTHING
 from tests.models.corpus.entry import Entry
-from tests.models.corpus.survey import survey
 from tests.models.corpus.training import tensors
-from tests.models.corpus.transformers_parts import PICTURE
-from tests.models.masked_graphs import Masked, by_tower, last_query
-from tests.models.oracles import cls_row
+from tests.models.masked_graphs import Masked
+from tests.models.masked_rules import PATCHES, VISUAL, Prompts, of_patches
 
 EPSILON = torch.finfo(torch.float32).eps
-
-# Of prompts, and of patches; the corpus's models have two layers.
-VISUAL = {"fastv": "fastv(layer=1)", "pyramid": "pyramid(layers=(1,))", "cls_prune": "cls_prune(keep=0.5)"}
-PATCHES = {"evit": "evit(keep=0.6, layers=(0,), fuse=False)", "merge": "merge(r=3, layers=(0,))"}
 
 # name -> passes: rotary tables behind a prefix; a pooling attention behind the layers; a head that lays the tokens of every layer out on
 # their grid; tokens of a detector behind the grid.
 CORE = {"flava": ("evit",), "dinov3-vit": ("evit",), "vit_base_patch16_siglip_224": ("merge",), "dpt": ("evit",), "yolos": ("evit",)}
 
 # Its tokens are the patches laid out anew, which has an oracle of its own: tests/models/test_relaid_pictures.py.
-ELSEWHERE = {("llava-next", "cls_prune")}
+ELSEWHERE = {"llava-next": ("cls_prune", "cls_ensemble", "hired", "outlier_tokens")}
 
 # Models that join patches to other tokens behind their stack: (tokens in front of them, all of them).
 JOINED = {"flava": (1, 67), "kosmos2": (0, 25), "git": (0, 33)}
@@ -50,7 +42,7 @@ REFUSED = {
 def fitting(entry: Entry) -> tuple[str, ...]:
     """The passes whose tokens a model has."""
     visual = "input_ids" in entry.inputs(2) and any(group.visual for group in entry.sites)
-    text = [one for one in VISUAL if visual and (entry.name, one) not in ELSEWHERE]
+    text = [one for one in VISUAL if visual and one not in ELSEWHERE.get(entry.name, ())]
     return (*text, *(PATCHES if any(group.grid and not group.window for group in entry.sites) else ()))
 
 
@@ -59,50 +51,24 @@ def chosen() -> list[tuple[str, str]]:
     return [(name, one) for name, passes in table.items() for one in passes]
 
 
-@dataclass
-class Tower:
-    """The attention of a vision tower that visual tokens went through last, by name, and the tokens in front of its patches."""
-
-    name: str
-    prefix: int
-
-
-def tower_of(entry: Entry) -> Tower:
-    sites = {site.name: site for site in survey(entry, entry.implementations[0], 2).sites}
-    name = next(site.pictured for site in sites.values() if site.pictured)
-    return Tower(name, sites[name].layout.prefix)
+def of_visual(one: str, entry: Entry, inputs: dict[str, Any]) -> tuple[Masked, str]:
+    """The oracle of a pass on visual tokens, and the pass."""
+    prompts = Prompts(entry, inputs)
+    oracle = prompts.masked()
+    return oracle, VISUAL[one](oracle, prompts)
 
 
-def masked(entry: Entry, one: str, report: Report, inputs: dict[str, Any]) -> tuple[Masked, torch.Tensor | None]:
-    """The oracle, and which rows of the results are no padding."""
-    if one in PATCHES:
-        touched = [site.qualified_name for site in report.sites if site.passes]
-
-        def begin(oracle: Masked, site: Site) -> None:
-            oracle.prefix, oracle.suffix = site.layout.prefix, site.layout.suffix
-            if one == "evit":
-                oracle.behind[0] = cls_row(0.6, oracle.prefix, oracle.suffix)
-
-        # Behind a break paths are shorter.
-        return Masked(lambda s: any(name.endswith(s.name) for name in touched), merges={0: 3} if one == "merge" else {}, begin=begin), None
-    visual = inputs["input_ids"] == PICTURE
-    half, length = math.floor(int(visual[0].sum()) / 2 + 0.5), visual.shape[1]
-    oracle = Masked(lambda s: s.kind == "self" and s.dims["Nq"] == s.dims["Nk"] == length)
-    if one == "fastv":
-        oracle.behind[0] = last_query(visual, half)
-    elif one == "pyramid":
-        oracle.before[1] = last_query(visual, half)
-    else:
-        tower = tower_of(entry)
-        oracle.before[0] = by_tower(oracle, tower.name, tower.prefix, visual, 0.5)
-    return oracle, inputs["attention_mask"].bool()
+def touched(report: Report) -> Any:
+    names = [site.qualified_name for site in report.sites if site.passes]
+    return lambda site: any(name.endswith(site.name) for name in names)  # behind a break paths are shorter
 
 
 @pytest.mark.parametrize(("name", "one"), chosen())
 def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: str) -> None:
-    entry, text = BY_NAME[name], {**VISUAL, **PATCHES}[one]
+    entry = BY_NAME[name]
     inputs, implementation = dict(entry.inputs(2)), entry.implementations[0]
     try:
+        oracle, text = of_visual(one, entry, inputs) if one in VISUAL else (None, PATCHES[one])
         with torch.no_grad():
             changed = rewrite(entry.build(implementation), [text], example_inputs=inputs)
     except (NotApplicableError, NoAttentionError) as refusal:
@@ -111,14 +77,22 @@ def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: st
         pytest.skip(str(refusal))
     with torch.no_grad():
         actual = list(tensors(changed(**inputs)))
-    oracle, real = masked(entry, one, changed.rewrite_report, inputs)
+    if oracle is None:
+        oracle = of_patches(one, touched(changed.rewrite_report))
+    real = inputs["attention_mask"].bool() if one in VISUAL else None
     oracle.joined = JOINED.get(name)
     expected = list(tensors(oracle.run(entry.build(implementation), inputs)))
     alive = oracle.alive
     assert alive is not None
-    assert oracle.groups if oracle.merges else not alive.all(), "no token left"
+    assert oracle.groups if oracle.merges or oracle.fuses else not alive.all(), "no token left"
+    if oracle.spare is not None:
+        # What was fused is none of the model's tokens.
+        alive = alive.scatter(1, oracle.spare[:, None], False)
     for got, wanted in zip(actual, expected, strict=True):
         assert got.shape == wanted.shape
+        if oracle.remade and wanted.shape[:2] != alive.shape:
+            # The features themselves are given as they were.
+            continue
         left = torch.ones_like(wanted, dtype=torch.bool)
         beside = oracle.behind_all(alive)
         if beside is not None and wanted.shape[:2] == beside.shape:
@@ -136,4 +110,4 @@ def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: st
 def test_a_refusal_says_why(name: str, one: str) -> None:
     entry = BY_NAME[name]
     with pytest.raises(NotApplicableError, match=REFUSED[name, one]), torch.no_grad():
-        rewrite(entry.build(entry.implementations[0]), [{**VISUAL, **PATCHES}[one]], example_inputs=dict(entry.inputs(2)))
+        rewrite(entry.build(entry.implementations[0]), [PATCHES[one]], example_inputs=dict(entry.inputs(2)))
