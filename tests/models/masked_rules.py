@@ -44,8 +44,8 @@ class Prompts:
         return Masked(lambda site: site.kind == "self" and site.dims["Nq"] == site.dims["Nk"] == length)
 
 
-# Gives an oracle the rules of a pass, and says how the pass is written.
-Install = Callable[[Masked, Prompts], str]
+# Gives an oracle the rules of a pass.
+Install = Callable[[Masked, Prompts], None]
 
 
 def share(count: int, keep: float) -> int:
@@ -59,40 +59,42 @@ def by_last_query(visual: torch.Tensor) -> Rule:
     return lambda weights, alive: (alive & ~visual) | best(weights[:, :, -1].mean(1), alive & visual, half)
 
 
-def fastv(masked: Masked, prompts: Prompts) -> str:
+def fastv(masked: Masked, prompts: Prompts) -> None:
     masked.behind[0] = by_last_query(prompts.visual)
-    return "fastv(layer=1)"
 
 
-def pyramid(masked: Masked, prompts: Prompts) -> str:
+def pyramid(masked: Masked, prompts: Prompts) -> None:
     masked.before[1] = by_last_query(prompts.visual)
-    return "pyramid(layers=(1,))"
 
 
-def static_exit(masked: Masked, prompts: Prompts) -> str:
+def static_exit(masked: Masked, prompts: Prompts) -> None:
     masked.before[1] = lambda weights, alive: alive & ~prompts.visual
-    return "token_exit(layer=1)"
 
 
-def relevance_exit(masked: Masked, prompts: Prompts) -> str:
-    """At what lies between the relevances of the two rows, so that the image of one of them leaves."""
-    visual, probe, seen = prompts.visual, prompts.masked(), list[torch.Tensor]()
+def relevances(weights: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """[B]: what the last query gives to all visual tokens together."""
+    return (weights[:, :, -1].mean(1) * visual).sum(1)
 
-    def relevance(weights: torch.Tensor) -> torch.Tensor:
-        return (weights[:, :, -1].mean(1) * visual).sum(1)
+
+def relevance_between_rows(prompts: Prompts) -> float:
+    """What lies between the relevances of the two rows, so that the image of one of them leaves."""
+    probe, seen = prompts.masked(), [torch.tensor(0.5)]
 
     def note(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
-        seen.append(relevance(weights))
+        seen.append(relevances(weights, prompts.visual))
         return alive
 
     probe.behind[0] = note
     probe.run(prompts.entry.build(prompts.entry.implementations[0]), prompts.inputs)
-    below = round(float(seen[-1].mean()), 6)
-    masked.behind[0] = lambda weights, alive: alive & ~(visual & (relevance(weights) < below)[:, None])
-    return f"token_exit(relevance={below})"
+    return round(float(seen[-1].mean()), 6)
 
 
-def diverse(masked: Masked, prompts: Prompts) -> str:
+def relevance_exit(masked: Masked, prompts: Prompts) -> None:
+    visual, below = prompts.visual, relevance_between_rows(prompts)
+    masked.behind[0] = lambda weights, alive: alive & ~(visual & (relevances(weights, visual) < below)[:, None])
+
+
+def diverse(masked: Masked, prompts: Prompts) -> None:
     visual = prompts.visual
 
     def rule(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
@@ -111,7 +113,6 @@ def diverse(masked: Masked, prompts: Prompts) -> str:
         return left
 
     masked.before[0] = rule
-    return "diverse(keep=0.5)"
 
 
 def of_site(found: dict[str, Any], name: str) -> Any:
@@ -129,19 +130,17 @@ def best_half(score: torch.Tensor) -> torch.Tensor:
     return best(score, torch.ones_like(score, dtype=torch.bool), share(score.shape[1], 0.5))
 
 
-def cls_prune(masked: Masked, prompts: Prompts) -> str:
+def cls_prune(masked: Masked, prompts: Prompts) -> None:
     tower = prompts.tower
     patches_stay(masked, prompts, lambda: best_half(of_site(masked.weights, tower.name)[:, :, 0, tower.layout.prefix :].mean(1)))
-    return "cls_prune(keep=0.5)"
 
 
-def hired(masked: Masked, prompts: Prompts) -> str:
+def hired(masked: Masked, prompts: Prompts) -> None:
     """Pictures that stand alone: as above, but rounded down."""
     cls_prune(masked, prompts)
-    return "hired(keep=0.5)"
 
 
-def cls_ensemble(masked: Masked, prompts: Prompts) -> str:
+def cls_ensemble(masked: Masked, prompts: Prompts) -> None:
     tower = prompts.tower
     names = [site.name for site in prompts.sites.values() if site.stack == tower.stack and site.layer <= tower.layer]
 
@@ -149,10 +148,9 @@ def cls_ensemble(masked: Masked, prompts: Prompts) -> str:
         return best_half(sum(of_site(masked.weights, name)[:, :, 0, tower.layout.prefix :].mean(1) for name in names))
 
     patches_stay(masked, prompts, chosen)
-    return "cls_ensemble(keep=0.5)"
 
 
-def outlier_tokens(masked: Masked, prompts: Prompts) -> str:
+def outlier_tokens(masked: Masked, prompts: Prompts) -> None:
     tower = prompts.tower
 
     def chosen() -> torch.Tensor:
@@ -161,10 +159,9 @@ def outlier_tokens(masked: Masked, prompts: Prompts) -> str:
         return best_half(scores.softmax(-1)[:, 0, tower.layout.prefix :])
 
     patches_stay(masked, prompts, chosen)
-    return "outlier_tokens(keep=0.5)"
 
 
-def dominant_contextual(masked: Masked, prompts: Prompts) -> str:
+def dominant_contextual(masked: Masked, prompts: Prompts) -> None:
     """Of P patches 0.4 stay, 0.2 take in the others."""
     tower = prompts.tower
     prefix, left = tower.layout.prefix, list[torch.Tensor]()
@@ -192,41 +189,48 @@ def dominant_contextual(masked: Masked, prompts: Prompts) -> str:
 
     masked.remade[tower.name, "behind"] = merged
     patches_stay(masked, prompts, lambda: left[-1])
-    return "dominant_contextual(dominant=0.4, contextual=0.2)"
 
 
-def matryoshka(masked: Masked, prompts: Prompts) -> str:
-    """Cells of 2 x 2."""
+def matryoshka(masked: Masked, prompts: Prompts) -> None:
+    """2 x 2 cells."""
     tower = prompts.tower
     assert tower.layout.grid is not None
     height, width = tower.layout.grid
+    high, wide = height // 2, width // 2
     first = torch.zeros(height, width, dtype=torch.bool)
-    first[::2, ::2] = True
+    first[::high, ::wide] = True
 
     def pooled(patches: torch.Tensor) -> torch.Tensor:
         grid = patches.unflatten(1, (height, width)).clone()
-        grid[:, ::2, ::2] = grid.unflatten(1, (-1, 2)).unflatten(3, (-1, 2)).mean((2, 4))
+        grid[:, ::high, ::wide] = grid.unflatten(1, (2, high)).unflatten(3, (2, wide)).mean((2, 4))
         return grid.flatten(1, 2)
 
     masked.remade[tower.name, "patches"] = pooled
     pictures = int(prompts.visual.sum()) // (height * width)
     patches_stay(masked, prompts, lambda: first.flatten().expand(pictures, -1))
-    return f"matryoshka(tokens={height * width // 4})"
 
 
-VISUAL: dict[str, Install] = {
-    "fastv": fastv,
-    "pyramid": pyramid,
-    "cls_prune": cls_prune,
-    "static_exit": static_exit,
-    "relevance_exit": relevance_exit,
-    "diverse": diverse,
-    "hired": hired,
-    "cls_ensemble": cls_ensemble,
-    "outlier_tokens": outlier_tokens,
-    "dominant_contextual": dominant_contextual,
-    "matryoshka": matryoshka,
+# Name -> the pass, and its rules. Models of the corpus have two layers.
+VISUAL: dict[str, tuple[str, Install]] = {
+    "fastv": ("fastv(layer=1)", fastv),
+    "pyramid": ("pyramid(layers=(1,))", pyramid),
+    "static_exit": ("token_exit(layer=1)", static_exit),
+    "relevance_exit": ("token_exit(relevance={})", relevance_exit),
+    "diverse": ("diverse(keep=0.5)", diverse),
+    "cls_prune": ("cls_prune(keep=0.5)", cls_prune),
+    "hired": ("hired(keep=0.5)", hired),
+    "cls_ensemble": ("cls_ensemble(keep=0.5)", cls_ensemble),
+    "outlier_tokens": ("outlier_tokens(keep=0.5)", outlier_tokens),
+    "dominant_contextual": ("dominant_contextual(dominant=0.4, contextual=0.2)", dominant_contextual),
+    "matryoshka": ("matryoshka(tokens=4)", matryoshka),
 }
+
+
+def setting(one: str, prompts: Prompts) -> str:
+    """A pass on visual tokens as it is asked for."""
+    text = VISUAL[one][0]
+    return text.format(relevance_between_rows(prompts)) if "{}" in text else text
+
 
 # Passes on the patches of a vision transformer, and what begins in each stack of layers.
 PATCHES: dict[str, str] = {

@@ -15,8 +15,7 @@ from rewrite.ir.errors import NoAttentionError
 from tests.models.corpus.cases import BY_NAME, ENTRIES, EVERYTHING
 from tests.models.corpus.entry import Entry
 from tests.models.corpus.training import tensors
-from tests.models.masked_graphs import Masked
-from tests.models.masked_rules import PATCHES, VISUAL, Prompts, of_patches
+from tests.models.masked_rules import PATCHES, VISUAL, Prompts, of_patches, setting
 
 EPSILON = torch.finfo(torch.float32).eps
 
@@ -51,13 +50,6 @@ def chosen() -> list[tuple[str, str]]:
     return [(name, one) for name, passes in table.items() for one in passes]
 
 
-def of_visual(one: str, entry: Entry, inputs: dict[str, Any]) -> tuple[Masked, str]:
-    """The oracle of a pass on visual tokens, and the pass."""
-    prompts = Prompts(entry, inputs)
-    oracle = prompts.masked()
-    return oracle, VISUAL[one](oracle, prompts)
-
-
 def touched(report: Report) -> Any:
     names = [site.qualified_name for site in report.sites if site.passes]
     return lambda site: any(name.endswith(site.name) for name in names)  # behind a break paths are shorter
@@ -67,8 +59,9 @@ def touched(report: Report) -> Any:
 def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: str) -> None:
     entry = BY_NAME[name]
     inputs, implementation = dict(entry.inputs(2)), entry.implementations[0]
+    prompts = Prompts(entry, inputs)
     try:
-        oracle, text = of_visual(one, entry, inputs) if one in VISUAL else (None, PATCHES[one])
+        text = setting(one, prompts) if one in VISUAL else PATCHES[one]
         with torch.no_grad():
             changed = rewrite(entry.build(implementation), [text], example_inputs=inputs)
     except (NotApplicableError, NoAttentionError) as refusal:
@@ -77,7 +70,10 @@ def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: st
         pytest.skip(str(refusal))
     with torch.no_grad():
         actual = list(tensors(changed(**inputs)))
-    if oracle is None:
+    if one in VISUAL:
+        oracle = prompts.masked()
+        VISUAL[one][1](oracle, prompts)
+    else:
         oracle = of_patches(one, touched(changed.rewrite_report))
     real = inputs["attention_mask"].bool() if one in VISUAL else None
     oracle.joined = JOINED.get(name)
