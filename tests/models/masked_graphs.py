@@ -35,10 +35,10 @@ class Masked:
     with `begin`, in each stack of a graph: that is called with the first site of each, where no token has left.
 
     joined: (tokens in front of the stack's, all of them) in attention behind it to these and others; None: there is no such attention.
-    merges: by layer, how many tokens its keys merge away, of which the first `prefix` and the last `suffix` stay; fuses: likewise of MCTF,
-    by the map of the layer. fused: what leaves behind a layer is fused, weighed by the attention of CLS, at the places `spare` [B].
-    weights, operands: of every attention that is not of the stack, by name. entered: the stream in front of the last layer that
-    was. remade: by the name of a site and where in its layer ("behind", "patches"), what becomes of the tokens there.
+    merges: by layer, how many tokens its keys merge away, of which the first `prefix` and the last `suffix` stay; fuses: likewise of
+    MCTF, by the map of the layer. fused: what leaves behind a layer is fused, weighed by the attention of CLS, at the places `spare` [B].
+    seen_by: what each layer saw. weights, operands: of every attention that is not of the stack, by name. entered: the stream in front of
+    the last layer that was. remade: by the name of a site and where in its layer ("behind", "patches"), what becomes of the tokens there.
     """
 
     of: Callable[[Site], bool]
@@ -52,6 +52,7 @@ class Masked:
     suffix: int = 0
     alive: torch.Tensor | None = None
     seen: torch.Tensor | None = None
+    seen_by: dict[int, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     operands: dict[str, Mapping[str, torch.Tensor]] = field(default_factory=dict)
     entered: torch.Tensor | None = None
@@ -117,7 +118,7 @@ class Masked:
         if self.layer in self.before:
             self.alive = self.before[self.layer](weights, self.alive)
             weights = attention_weights(seen, {**values, ALIVE: self.alive.float()})
-        self.seen = self.alive
+        self.seen = self.seen_by[self.layer] = self.alive
         if self.layer in self.behind:
             self.alive = self.behind[self.layer](weights, self.alive)
             self.fusing = None

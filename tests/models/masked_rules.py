@@ -79,6 +79,8 @@ def relevances(weights: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
 def relevance_between_rows(prompts: Prompts) -> float:
     """What lies between the relevances of the two rows, so that the image of one of them leaves."""
     probe, seen = prompts.masked(), [torch.tensor(0.5)]
+    if not any(site.layout.visual for site in prompts.sites.values()):
+        return 0.5
 
     def note(weights: torch.Tensor, alive: torch.Tensor) -> torch.Tensor:
         seen.append(relevances(weights, prompts.visual))
