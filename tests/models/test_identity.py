@@ -96,8 +96,7 @@ class SeesEverything(Pass):
         return attention.logits.softmax(-1) @ attention.value
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda entry: entry.name)
+@pytest.mark.parametrize(("architecture", "implementation"), TURNS, ids=[f"{entry.name}-{chosen}" for entry, chosen in TURNS])
 def test_every_site_lowered_as_itself_computes_the_same(architecture: Architecture, implementation: str) -> None:
     model, inputs = architecture.build(implementation), architecture.inputs()
     changed = rewritten(model, [SeesEverything()], inputs)
