@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from rewrite.ir.errors import NotApplicableError
+from rewrite.ir.program import Program
+from rewrite.ir.selection import first_layer
 from rewrite.lower.cursor import Cursor, behind_inputs
 from rewrite.lower.interface import Extra, Produced
 from rewrite.lower.relaid import elements_handed
@@ -28,30 +31,38 @@ class Carried:
     """Known of an activation [B, N, C].
 
     visual: bool [B, N], the visual positions, and features: the vision features at them, of all rows together; None where there are none.
-    layers: names of the sites of its stack so far. chosen: of the patches [pictures, P, C] or [P, C], or of what they were laid out to,
-    which ones a pass keeps.
+    layers: names of the sites of its stack so far. left: the passes by which tokens left its stack so far. chosen: of the patches
+    [pictures, P, C] or [P, C], or of what they were laid out to, which ones a pass keeps.
     """
 
     visual: torch.Tensor | None = None
     features: torch.Tensor | None = None
     layers: tuple[str, ...] = ()
     chosen: Chosen | None = None
+    left: tuple[str, ...] = ()
 
     @property
     def kind(self) -> tuple[object, ...]:
         """What a graph is rewritten by."""
         one = self.chosen
         chosen = None if one is None else (one.choice, one.made is not None, one.relaid, one.lost)
-        return (self.visual is not None, self.layers, chosen)
+        return (self.visual is not None, self.layers, self.left, chosen)
 
 
 @dataclass(frozen=True)
 class Leaving:
-    """What to carry of one of a graph's outputs: the merge whose visual tokens are in it, and the layers behind it."""
+    """What to carry of one of a graph's outputs: the merge whose visual tokens are in it, and the layers behind it.
+
+    stack, until: of this graph the stack, and the first layer that is not behind it; None where they are all of earlier graphs. left: see
+    `Carried`, of earlier graphs.
+    """
 
     output: int
     merge: VisualMerge | None
     layers: tuple[str, ...]
+    stack: int | None
+    until: int
+    left: tuple[str, ...]
 
 
 @dataclass
@@ -153,7 +164,8 @@ def continue_stacks(recognition: Recognition, carried: Mapping[fx.Node, Carried]
     for entry in recognition.found:
         stacks.setdefault(entry.site.stack, []).append(entry)
     for entries in stacks.values():
-        before = _before(entries[0], carried)
+        known = _before(entries[0], carried)
+        before = () if known is None else known.layers
         names = (*before, *(entry.site.name for entry in entries))
         if before:
             depths.update(dict.fromkeys(names, len(names)))
@@ -162,11 +174,31 @@ def continue_stacks(recognition: Recognition, carried: Mapping[fx.Node, Carried]
             entry.site = replace(entry.site, layer=len(before) + entry.site.layer, depth=depth)
 
 
-def _before(first: Found, carried: Mapping[fx.Node, Carried]) -> tuple[str, ...]:
-    """The sites of earlier graphs that a stack follows."""
+def _before(first: Found, carried: Mapping[fx.Node, Carried]) -> Carried | None:
+    """What is known of the activation that enters a stack's first layer in this graph, where an earlier graph made it."""
     stream = first.stream
     source = None if stream is None else (stream if stream in carried else reaches(stream, set(carried)))
-    return () if source is None else carried[source].layers
+    return None if source is None else carried[source]
+
+
+def require_all_or_none(program: Program, recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> None:
+    """Refuse where tokens left a stack in an earlier graph and all of them enter its layers in this one.
+
+    What left comes back at the end of a graph; a pass has to take it out again in the next one, as those do that need not ask which.
+    """
+    firsts: dict[int, Found] = {}
+    for entry in recognition.found:
+        firsts.setdefault(entry.site.stack, entry)
+    for stack, entry in firsts.items():
+        known = _before(entry, carried)
+        leaving = {one.by for one in program.token_operations(stack) if first_layer(one) <= entry.site.layer}
+        left = set() if known is None else set(known.left) - leaving
+        if left:
+            raise NotApplicableError(
+                f"{entry.site.name}: by {', '.join(sorted(left))} some tokens leave in front of an earlier layer, and between these layers "
+                "the model is cut into graphs, so that it would be given all of them again: let tokens leave behind the last such break "
+                "(explain(model) names them), or by a pass for which all visual tokens leave"
+            )
 
 
 def leaving(graph: fx.Graph, recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> list[Leaving]:
@@ -180,17 +212,17 @@ def leaving(graph: fx.Graph, recognition: Recognition, carried: Mapping[fx.Node,
             continue
         merge = merges.get(result) or merges.get(reaches(result, set(merges)) or result)
         last = result if result in streams else reaches(result, set(streams))
-        layers: tuple[str, ...] = ()
+        stack, until = None if last is None else streams[last].site.stack, 0
         if last is not None:
             # Behind the stream in front of a layer lies that layer too, unless it is that stream itself.
             until = streams[last].site.layer + (0 if last is result else 1)
-            layers = tuple(e.site.name for e in recognition.found if e.site.stack == streams[last].site.stack and e.site.layer < until)
-            layers = _before(streams[last], carried) + layers
+            own = tuple(e.site.name for e in recognition.found if e.site.stack == stack and e.site.layer < until)
+            before = _before(streams[last], carried)
         else:
-            source = result if result in carried else reaches(result, set(carried))
-            layers = () if source is None else carried[source].layers
+            own, before = (), carried.get(result if result in carried else reaches(result, set(carried)) or result)
+        layers, left = (before.layers + own, before.left) if before is not None else (own, ())
         if merge is not None or layers:
-            known.append(Leaving(index, merge, layers))
+            known.append(Leaving(index, merge, layers, stack, until, left))
     return known
 
 

@@ -257,7 +257,8 @@ class CompiledGraph:
                 if index in chosen:
                     held = chosen[index]
                     of_pictures = _chosen(held, known, results[index])
-                call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers.get(index, ()), of_pictures))
+                left = variant.graph.left.get(index, ())
+                call.carry(results[index], Carried(known.get("visual"), known.get("features"), layers.get(index, ()), of_pictures, left))
             else:
                 results[index] = self._noted(call, results[index], known)
         for index, site in variant.graph.lost.items():

@@ -12,11 +12,12 @@ from torch import fx
 
 import codegen
 from rewrite.breaks import Break, break_of
-from rewrite.carried import Carried, continue_stacks, hand_on, hand_over, leaving, missing, receive
+from rewrite.carried import Carried, Leaving, continue_stacks, hand_on, hand_over, leaving, missing, receive, require_all_or_none
 from rewrite.cost import GraphCost, graph_cost
 from rewrite.graph_time import device_of, operator_costs
 from rewrite.ir.passes import Pass
 from rewrite.ir.program import Program
+from rewrite.ir.selection import first_layer
 from rewrite.lower.interface import Allowed, Extra, Produced
 from rewrite.lower.program import ProgramLowering
 from rewrite.lower.prompts import read_new_keys
@@ -85,9 +86,10 @@ class Known:
 class RewrittenGraph:
     """A rewritten graph and how it is called.
 
-    layers: by output, the sites of its stack that lie behind it. chosen: by output, how it holds patches of pictures that a pass chose
-    among. marked: outputs, and inputs, that are KV caches of fixed length with marks in the places of
-    tokens that left. lost: by output, the site of which it is a part of a KV cache that some tokens left, and no later call can go on from.
+    layers: by output, the sites of its stack that lie behind it. left: by output, the passes by which tokens left these. chosen: by
+    output, how it holds patches of pictures that a pass chose among. marked: outputs, and inputs, that are KV caches of fixed length with
+    marks in the places of tokens that left. lost: by output, the site of which it is a part of a KV cache that some tokens left, and no
+    later call can go on from.
     """
 
     module: fx.GraphModule
@@ -96,6 +98,7 @@ class RewrittenGraph:
     record: Record
     changed: bool
     layers: Mapping[int, tuple[str, ...]]
+    left: Mapping[int, tuple[str, ...]]
     chosen: Mapping[int, Held]
     marked: tuple[tuple[int, ...], tuple[int, ...]]
     lost: Mapping[int, str]
@@ -150,6 +153,7 @@ class Rewriter:
         left = leaving(graph, recognition, carried) if self.allowed.notes else []
         marked = {placeholders[index] for index, note in notes.items() if note.marked or note.padded}
         program = self.plan(recognition, known.uneven).hiding({entry.site.name for entry in recognition.found if marked & set(entry.cache)})
+        require_all_or_none(program, recognition, carried)
         before = graph_cost(graph, {})
         attention = {node for entry in recognition.found for node in interior(entry.region)}
         operators = operator_costs(graph, {}, attention)
@@ -181,7 +185,8 @@ class Rewriter:
             keys_kept=work.states.declined,
         )
         layers = {one.output: one.layers for one in left}
-        return RewrittenGraph(module, work.extras, produced, record, changed, layers, {**work.chosen, **held}, work.marked, work.lost)
+        gone = {one.output: (*one.left, *_by(program, one)) for one in left}
+        return RewrittenGraph(module, work.extras, produced, record, changed, layers, gone, {**work.chosen, **held}, work.marked, work.lost)
 
     def _enclosed(self, module: fx.GraphModule, qualify: Callable[[str], str]) -> list[NearMiss]:
         """Attention in a body that an operator of the graph runs by itself, as gradient checkpointing does; it is left alone."""
@@ -196,6 +201,12 @@ class Rewriter:
                 paths = [qualify(module_path(region.core)) for region in regions] + [qualify(miss.module) for miss in missed]
                 misses += [NearMiss(node.name, path, reason) for path in paths]
         return misses
+
+
+def _by(program: Program, one: Leaving) -> tuple[str, ...]:
+    """The passes by which tokens left the layers behind an output."""
+    operations = () if one.stack is None else program.token_operations(one.stack)
+    return tuple(dict.fromkeys(each.by for each in operations if first_layer(each) < one.until))
 
 
 def _several(recognition: Recognition) -> frozenset[int]:

@@ -116,7 +116,7 @@ class TokenExit(Pass):
         if blocking is not None:
             otherwise = f"the visual tokens would have to leave {blocking.name} too, and there {against[blocking.name]}"
             leaving = ()
-        elif leaving:
+        elif layer < depth:
             otherwise = f"it comes before layer {layer}, where the visual tokens leave"
         else:
             otherwise = f"the visual tokens leave after its stack's {depth} layers, which {CHANGES_NOTHING}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rewrite import explain
+from rewrite import NotApplicableError, explain
 from rewrite.carried import Carried, Handover
 from tests.models.architectures import rewritten
 from tests.models.corpus.cases import EVERYTHING
@@ -89,3 +89,20 @@ def test_handover_forgets_what_was_written_into() -> None:
     assert handover.read(tensor.clone()) is None
     tensor.add_(1)
     assert handover.read(tensor) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "reason"),
+    [
+        (
+            "diverse(keep=0.5)",
+            r"layers.1.self_attn: by diverse\(keep=0.5\) some tokens leave in front of an earlier layer, and .* cut into graphs",
+        ),
+        ("token_exit(relevance=0.5)", "layer 0 is in another graph of the call"),
+    ],
+)
+def test_what_leaves_in_one_graph_cannot_come_back_in_the_next(setting: str, reason: str) -> None:
+    """The layers are cut from one another."""
+    known = entry("qwen3-vl")
+    with pytest.raises(NotApplicableError, match=reason):
+        rewritten(known.build("sdpa"), [setting], dict(known.inputs(2)))
