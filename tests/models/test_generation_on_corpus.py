@@ -63,8 +63,10 @@ def first_call(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         model.generate(**inputs, **GREEDY, max_new_tokens=1)
     finally:
         handle.remove()
-    left_out = {"past_key_values", "cache_position", "logits_to_keep", "return_dict"}
-    return {name: value for name, value in calls[0].items() if name not in left_out and value is not None} | {"use_cache": False}
+    given = {name: value for name, value in calls[0].items() if value is not None and not hasattr(value, "get_seq_length")}
+    return {name: value for name, value in given.items() if name not in ("cache_position", "logits_to_keep", "return_dict")} | {
+        "use_cache": False
+    }
 
 
 def as_before(seen: torch.Tensor) -> Rule:
