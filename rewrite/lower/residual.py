@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import fx
 
 from rewrite.recognise.operators import canonical, hinted_shape
@@ -30,3 +32,16 @@ def _added_to(stream: fx.Node, source: fx.Node) -> fx.Node | None:
                 return node
         node = node.next
     return None
+
+
+def beside_layers(graph: fx.Graph, entries: Sequence[Found]) -> set[fx.Node]:
+    """All nodes that no layer of a stack is made of; none where the end of a layer is not found."""
+    ends = [behind_layer(entry) for entry in entries]
+    left = [node for entry, end in zip(entries, ends, strict=True) for node in (entry.region.output, end) if node is not None]
+    inside: set[fx.Node] = set()
+    while left:
+        node = left.pop()
+        if node not in inside:
+            inside.add(node)
+            left += node.all_input_nodes
+    return set() if None in ends else set(graph.nodes) - inside

@@ -24,6 +24,7 @@ from rewrite.lower.patches import every_patch, left_of_patches
 from rewrite.lower.pictures import Stay, handed_on, made_beside, patches_that_stay, pooled, replace_features, tower_output
 from rewrite.lower.present import PresentKeys
 from rewrite.lower.relaid import handed_anew, laid_anew
+from rewrite.lower.residual import beside_layers
 from rewrite.lower.rows import every_token_of_rows, left_by_row
 from rewrite.lower.scores import Scores, rule_of
 from rewrite.lower.stacks import Stacks, of_patches
@@ -71,6 +72,8 @@ class Selections:
         asked = [one for stack in self.stacks.numbers() for one in self.stacks.operations(stack)]
         self._places = {one: self.stacks.place(one) for one in asked}
         self.streams = frozenset(node for stack in self.stacks.numbers() for node in self.stacks.streams_behind(stack))
+        fused = {one.stack for one in asked if isinstance(one, Merge)}
+        self._beside = {stack: beside_layers(graph, self.stacks.entries(stack)) for stack in fused}
         asked += program.choices
         towers = ((one, recognition.by_name(one.contextual.site)) for one in asked if isinstance(one, Select) and one.contextual)
         self._tower_outputs = {one: tower_output(read, one.by) for one, read in towers}
@@ -126,6 +129,9 @@ class Selections:
             if not isinstance(one, Merge):
                 raise NotApplicableError(f"{entry.site.name}: tokens are merged in its stack, of which {one.by} would have to choose some")
             users = [user for user in stream.users if user.op != "output" and user not in self.sizes.nodes.values()]
+            if one.criteria is not None:
+                # Tokens are fused for the layer alone: what else reads the stream in front of it has what the layer before gave.
+                users = [user for user in users if user not in self._beside[stack]]
             at = Cursor(self.graph, behind_inputs(self.graph, stream if one.criteria else max(stream, entry.region.key.node)))
             all_there = left is None
             if left is None:

@@ -110,6 +110,7 @@ class Masked:
             return self.pooled(entry.site, values)
         self.enter(entry.region.output.graph, entry.site)
         self.layer += 1
+        self.fusing = None
         batch, tokens = values["key"].shape[0], values["key"].shape[2]
         if self.alive is None:
             self.alive = torch.ones(batch, tokens, dtype=torch.bool)
@@ -121,7 +122,6 @@ class Masked:
         self.seen = self.seen_by[self.layer] = self.alive
         if self.layer in self.behind:
             self.alive = self.behind[self.layer](weights, self.alive)
-            self.fusing = None
             if self.fused:
                 leaving = self.seen & ~self.alive
                 self.spare = leaving.long().argmax(1)
@@ -233,6 +233,9 @@ class _Run(fx.Interpreter):
         self.fusing: dict[fx.Node, tuple[torch.Tensor, torch.Tensor]] = {}
         self.remade = {node: made for entry in found for node, made in self.made_anew(entry)}
         self.frozen: dict[fx.Node, tuple[fx.Node, torch.Tensor]] = {}
+        self.unfused: dict[fx.Node, torch.Tensor] = {}
+        self.inside = self.nodes_inside([entry for entry in found if (masked.fused or masked.fuses) and masked.of(entry.site)])
+        self.pools = any(entry.site.kind == "cross" for entry in found)
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -260,16 +263,38 @@ class _Run(fx.Interpreter):
         if n in self.remade:
             result = self.remade[n](result)
         if n in self.fusing:
+            self.unfused[n] = result
             spare, share = self.fusing[n]
             result = result.scatter(1, spare[:, None, None].expand(-1, 1, result.shape[2]), share[:, None] @ result)
         if n in self.frozen:
             ahead, alive = self.frozen[n]
             result = torch.where(alive[..., None], result, self.env[ahead])
+            if ahead in self.unfused and self.masked.spare is not None:
+                place = self.masked.spare[:, None, None].expand(-1, 1, result.shape[2])
+                self.unfused[n] = result.scatter(1, place, self.unfused[ahead].gather(1, place))
         if n in self.residuals:
             entry, layer = self.residuals[n]
             key = entry.region.key.layout.apply(self.env[entry.region.key.node])
             result = self.masked.merged(result, key, self.masked.merges[layer])
         return result
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """What reads the stream from outside its layers is given the model's own tokens, but attention that pools."""
+        if n in self.inside or self.pools:
+            return super().fetch_args_kwargs_from_env(n)
+        return fx.map_arg((n.args, n.kwargs), lambda source: self.unfused.get(source, self.env[source]))  # type: ignore[no-any-return]
+
+    @staticmethod
+    def nodes_inside(stack: list[Found]) -> set[fx.Node]:
+        """All that the layers of a stack are made of."""
+        streams = [(entry.stream, entry.region.output, behind_layer(entry)) for entry in stack]
+        found, left = set[fx.Node](), [node for each in streams for node in each if node is not None]
+        while left:
+            node = left.pop()
+            if node not in found:
+                found.add(node)
+                left += node.all_input_nodes
+        return found
 
     def made_anew(self, entry: Found) -> Iterator[tuple[fx.Node, Callable[[torch.Tensor], torch.Tensor]]]:
         places = {"behind": behind_layer(entry), "patches": entry.patches}
@@ -288,5 +313,6 @@ class _Run(fx.Interpreter):
                 given = fx.map_arg((node.args, node.kwargs), lambda source: changed.get(source, self.env.get(source)))
                 changed[node] = getattr(self, node.op)(node.target, *given)
             node = node.next
+        self.unfused[entry.stream] = self.env[entry.stream]
         self.env.update(changed)
         return region.value.layout.apply(changed[region.value.node])

@@ -63,10 +63,9 @@ def first_call(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
         model.generate(**inputs, **GREEDY, max_new_tokens=1)
     finally:
         handle.remove()
-    given = {name: value for name, value in calls[0].items() if value is not None and not hasattr(value, "get_seq_length")}
-    return {name: value for name, value in given.items() if name not in ("cache_position", "logits_to_keep", "return_dict")} | {
-        "use_cache": False
-    }
+    # It gives the features of a tower that it ran ahead; here they are part of the call.
+    given = {name: value for name, value in calls[0].items() if isinstance(value, torch.Tensor) and name != "cache_position"}
+    return {**inputs, **given, "use_cache": False}
 
 
 def as_before(seen: torch.Tensor) -> Rule:
