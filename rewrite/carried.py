@@ -69,15 +69,16 @@ class Leaving:
 class Handover:
     """Carried facts by the tensor they are known of, for one call. Tensors are held, so that none takes another's place.
 
-    Pictures may enter a text in another call than that of their tower, as in `generate()`: what was chosen of them is noted on the tensor.
+    Pictures may enter a text in another call than that of their tower, as in `generate()`, and so may an encoder's result a decoder: what
+    was chosen of them, and by what tokens left, is noted on the tensor.
     """
 
     by_tensor: dict[int, tuple[torch.Tensor, int, Carried]] = field(default_factory=dict)
 
     def write(self, tensor: torch.Tensor, known: Carried) -> None:
         self.by_tensor[id(tensor)] = (tensor, _version(tensor), known)
-        if known.chosen is not None:
-            setattr(tensor, _ATTRIBUTE, (_version(tensor), Carried(chosen=known.chosen)))
+        if known.chosen is not None or known.left:
+            setattr(tensor, _ATTRIBUTE, (_version(tensor), Carried(chosen=known.chosen, left=known.left)))
 
     def read(self, tensor: torch.Tensor) -> Carried | None:
         """What is known of a tensor; None where that is nothing, or it was written into since."""
@@ -192,13 +193,39 @@ def require_all_or_none(program: Program, recognition: Recognition, carried: Map
     for stack, entry in firsts.items():
         known = _before(entry, carried)
         leaving = {one.by for one in program.token_operations(stack) if first_layer(one) <= entry.site.layer}
-        left = set() if known is None else set(known.left) - leaving
+        left = set() if known is None or not known.layers else set(known.left) - leaving
         if left:
             raise NotApplicableError(
                 f"{entry.site.name}: by {', '.join(sorted(left))} some tokens leave in front of an earlier layer, and between these layers "
                 "the model is cut into graphs, so that it would be given all of them again: let tokens leave behind the last such break "
                 "(explain(model) names them), or by a pass for which all visual tokens leave"
             )
+
+
+def require_hidden(recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> None:
+    """Refuse attention to what an earlier graph gave, and tokens left: they came back where that graph ended, and would be seen.
+
+    Within a graph they stay hidden from it.
+    """
+    left = {node: known.left for node, known in carried.items() if known.left}
+    for entry in recognition.found if left else ():
+        source = None if entry.site.kind == "self" else next((node for node in _inputs_of(entry.region.key.node) if node in left), None)
+        if source is not None:
+            raise NotApplicableError(
+                f"{entry.site.name} attends to what another part of the model gave in a call or graph of its own; tokens left there by "
+                f"{', '.join(sorted(set(left[source])))}, and here they would be seen again: call the whole model at once, or leave that "
+                "pass out"
+            )
+
+
+def _inputs_of(node: fx.Node) -> set[fx.Node]:
+    """The inputs of a graph that a node is computed from."""
+    stack, seen = [node], {node}
+    while stack:
+        fresh = [one for one in stack.pop().all_input_nodes if one not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return {one for one in seen if one.op == "placeholder"}
 
 
 def leaving(graph: fx.Graph, recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> list[Leaving]:

@@ -12,7 +12,18 @@ from torch import fx
 
 import codegen
 from rewrite.breaks import Break, break_of
-from rewrite.carried import Carried, Leaving, continue_stacks, hand_on, hand_over, leaving, missing, receive, require_all_or_none
+from rewrite.carried import (
+    Carried,
+    Leaving,
+    continue_stacks,
+    hand_on,
+    hand_over,
+    leaving,
+    missing,
+    receive,
+    require_all_or_none,
+    require_hidden,
+)
 from rewrite.cost import GraphCost, graph_cost
 from rewrite.graph_time import device_of, operator_costs
 from rewrite.ir.passes import Pass
@@ -154,6 +165,7 @@ class Rewriter:
         marked = {placeholders[index] for index, note in notes.items() if note.marked or note.padded}
         program = self.plan(recognition, known.uneven).hiding({entry.site.name for entry in recognition.found if marked & set(entry.cache)})
         require_all_or_none(program, recognition, carried)
+        require_hidden(recognition, carried)
         before = graph_cost(graph, {})
         attention = {node for entry in recognition.found for node in interior(entry.region)}
         operators = operator_costs(graph, {}, attention)

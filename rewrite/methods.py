@@ -9,28 +9,36 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 
 
-def public_methods(kind: type[nn.Module]) -> dict[str, types.FunctionType]:
-    """The methods that a module's class adds to `nn.Module`, `forward` and what is private left out."""
+def public_methods(kind: type[nn.Module], mixed_in: bool = False) -> dict[str, types.FunctionType]:
+    """The methods that a module's class adds to `nn.Module`, `forward` and what is private left out.
+
+    mixed_in: those of the classes behind `nn.Module` in its order instead, as of one that has `generate`.
+    """
     found: dict[str, types.FunctionType] = {}
-    for base in reversed(kind.__mro__[: kind.__mro__.index(nn.Module)]):
+    place = kind.__mro__.index(nn.Module)
+    for base in reversed(kind.__mro__[place + 1 : -1] if mixed_in else kind.__mro__[:place]):
         for name, value in vars(base).items():
             if isinstance(value, types.FunctionType) and not name.startswith("_") and not hasattr(nn.Module, name):
                 found[name] = value
     return found
 
 
-def children_reached(kind: type[nn.Module], name: str, children: Sequence[str]) -> set[str]:
-    """The children of a module that a method of its class mentions, itself or in the methods of the class that it mentions."""
+# What puts vision features in the places of a text's visual tokens.
+_MERGES = frozenset({"masked_scatter", "masked_scatter_"})
+
+
+def names_reached(kind: type[nn.Module], name: str, wanted: Collection[str]) -> set[str]:
+    """Of the names wanted those that a method of a class mentions, itself or in the methods of the class that it mentions."""
     reached, queue, seen = set[str](), [name], {name}
     while queue:
         method = inspect.unwrap(inspect.getattr_static(kind, queue.pop()))
         for mentioned in _names(method.__code__) if isinstance(method, types.FunctionType) else ():
-            if mentioned in children:
+            if mentioned in wanted:
                 reached.add(mentioned)
             elif mentioned not in seen and isinstance(inspect.getattr_static(kind, mentioned, None), types.FunctionType):
                 seen.add(mentioned)
@@ -49,7 +57,7 @@ def _names(code: types.CodeType) -> Iterator[str]:
 def ways_in(
     module: nn.Module, sites: Sequence[str], gridded: Sequence[str], embeddings: Sequence[str], scoring: Sequence[str] = ()
 ) -> Mapping[str, bool]:
-    """Methods of a module that reach sites: name -> whether the method has to be captured as a whole.
+    """Methods of a module that reach sites, or give a text its visual tokens: name -> whether the method has to be captured as a whole.
 
     sites: names of the rewritten sites below the module, gridded: those of them whose tokens lie on a grid, embeddings: the modules that
     lay tokens out on one. scoring: the sites of vision towers by which patches are chosen; what makes features of these, with or without a
@@ -59,8 +67,11 @@ def ways_in(
     children = list(module._modules)
     ways: dict[str, bool] = {}
     for name in public_methods(type(module)):
-        reached = children_reached(type(module), name, children)
+        reached = names_reached(type(module), name, children)
         if reached & (holding | towers):
             features = bool(reached & towers) and not reached & (holding - towers)
             ways[name] = features or (bool(reached & laying) and bool(reached & placed - laying))
+    for name in public_methods(type(module), mixed_in=True):
+        if names_reached(type(module), name, _MERGES):
+            ways.setdefault(name, False)
     return ways

@@ -47,7 +47,12 @@ class MergeWatch(TorchFunctionMode):
             return None if marks is None else Carried(marks, features)
         source = args[0] if args and isinstance(args[0], torch.Tensor) else None
         known = None if source is None else self.handover.read(source)
-        if known is None or known.visual is None or known.features is None or source is None:
+        if known is None or source is None:
+            return None
+        if known.left:
+            # An encoder's result, as it is or row by row.
+            return Carried(left=known.left) if name in _FOLLOWS | {"repeat_interleave", "index_select", "__getitem__"} else None
+        if known.visual is None or known.features is None:
             return None
         whole = name == "__getitem__" and result.shape == source.shape and result.data_ptr() == source.data_ptr()
         if name in _FOLLOWS or whole:

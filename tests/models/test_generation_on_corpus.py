@@ -110,3 +110,15 @@ def test_token_for_token(name: str, one: str) -> None:
             pytest.skip(str(refusal))
         expected = by_the_original(entry, one, inputs)
     assert torch.equal(actual[:, -STEPS:], expected)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_decoder_that_would_see_what_left_its_encoder(beams: int) -> None:
+    """`generate()` calls the encoder by itself; called at once, the decoder does not see what left."""
+    entry = BY_NAME["florence-2"]
+    inputs = dict(entry.inputs(2))
+    with torch.no_grad():
+        changed = rewrite(entry.build(entry.implementations[0]), ["token_exit(layer=1)"], example_inputs=inputs)
+        del inputs["decoder_input_ids"]
+        with pytest.raises(NotApplicableError, match=r"layers.0.encoder_attn attends to .* tokens left there by token_exit\(layer=1\)"):
+            changed.generate(**inputs, do_sample=False, num_beams=beams, max_new_tokens=2)
