@@ -20,8 +20,10 @@ from rewrite.lower.cursor import Cursor, behind_inputs
 from rewrite.lower.interface import Extra, Produced
 from rewrite.lower.relaid import elements_handed
 from rewrite.recognise.operators import value_of
+from rewrite.recognise.pictured import given_pictures
 from rewrite.recognise.sites import Found, Recognition
 from rewrite.recognise.streams import is_parameter, reaches
+from rewrite.tokens import choose
 from rewrite.tokens.chosen import GIVEN, LOST, Chosen, Given, Held, Lost
 from rewrite.tokens.visual import CARRIED, VisualMerge, visual_mask_node, visual_merges
 
@@ -137,7 +139,7 @@ def hand_over(graph: fx.Graph, left: Sequence[Leaving]) -> list[Produced]:
 
 
 def hand_on(graph: fx.Graph, recognition: Recognition) -> tuple[list[Produced], dict[int, Held]]:
-    """Make a graph that lays patches out anew return which elements of its results are of tokens that stay.
+    """Make a graph that lays patches out anew, or puts pictures together, return which elements of its results are of tokens that stay.
 
     Gives what is returned beside the results, and of which result it says what.
     """
@@ -149,7 +151,17 @@ def hand_on(graph: fx.Graph, recognition: Recognition) -> tuple[list[Produced], 
         if isinstance(found, Lost):
             held[index] = Held(found.choice, lost=found.reason)
             continue
-        mask = elements_handed(found, Cursor(graph, behind_inputs(graph, found.node)))
+        at = Cursor(graph, behind_inputs(graph, found.node))
+        given = [node.meta[GIVEN] for node in given_pictures(found.node)]
+        if given:
+            beside = {"stay": at.call(choose.all_handed, ([one.stay for one in given],))}
+            if all(one.made is not None for one in given):
+                beside["made"] = at.call(choose.all_made, ([one.made for one in given],))
+            output.args = ((*output.args[0], *beside.values()),)
+            produced += [Produced(kind, (index,)) for kind in beside]
+            held[index] = Held(found.choice)
+            continue
+        mask = elements_handed(found, at)
         output.args = ((*output.args[0], mask),)
         produced.append(Produced("stay", (index,)))
         held[index] = Held(found.choice, relaid=True)

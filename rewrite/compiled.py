@@ -289,7 +289,12 @@ def _chosen(held: Held, known: Mapping[str, Any], result: torch.Tensor) -> Chose
     """What is known of the patches in a result."""
     if held.lost is not None:
         return Chosen(held.choice, result.new_empty(0, dtype=torch.bool), lost=held.lost)
-    return Chosen(held.choice, known["stay"], known.get("made"), held.relaid).of(held.picture)
+    chosen = Chosen(held.choice, known["stay"], known.get("made"), held.relaid).of(held.picture)
+    if held.relaid:
+        return chosen
+    # All pictures may be one axis of the result.
+    made = None if chosen.made is None else chosen.made.reshape(result.shape).to(result.dtype)
+    return replace(chosen, stay=chosen.stay.reshape(result.shape[:-1]), made=made)
 
 
 def _function_of(module: fx.GraphModule) -> Callable[..., Any]:

@@ -61,13 +61,14 @@ def given_pictures(source: fx.Node | None) -> tuple[fx.Node, ...]:
 
 
 def pictures_of(result: Any) -> tuple[fx.Node | None, int | None]:
-    """(the node [images, P, C] that a graph's result is, or is one picture of; which picture, None for all); None where it is neither."""
+    """(the node [images, P, C] that a graph's result is, holds in order as [images * P, C], or is one picture of; which picture, None for
+    all); None where it is none of these."""
     if not isinstance(result, fx.Node) or not is_tensor(result):
         return None, None
     if len(shape_of(result)) == 3:
         return result, None
     if rules.name_of(result) != "getitem" or not isinstance(result.args[1], int):
-        return None, None
+        return (_pictures(result) if len(shape_of(result)) == 2 else None), None
     whole = _stacked(result.args[0])
     return whole, None if whole is None else result.args[1]
 

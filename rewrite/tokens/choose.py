@@ -159,6 +159,11 @@ def all_handed(stay: Sequence[Tensor]) -> Tensor:
     return torch.cat([one.flatten() for one in stay])
 
 
+def all_made(features: Sequence[Tensor]) -> Tensor:
+    """[pictures * P, C]: likewise, what pictures [..., P, C] are to be."""
+    return torch.cat([one.flatten(0, -2) for one in features])
+
+
 def visual_leaving_by_picture(visual: Tensor, stay: Tensor) -> Tensor:
     """bool [B, N]: the visual tokens that leave, where they are the patches of pictures, in order; stay bool, of all patches.
 
