@@ -64,12 +64,14 @@ def ways_in(
     projection behind the tower, is one piece too.
     """
     holding, placed, laying, towers = ({name.split(".")[0] for name in names} for names in (sites, gridded, embeddings, scoring))
+    # A child that holds a text too is more than a tower.
+    texts = {name.split(".")[0] for name in set(sites) - set(gridded) - set(scoring)}
     children = list(module._modules)
     ways: dict[str, bool] = {}
     for name in public_methods(type(module)):
         reached = names_reached(type(module), name, children)
         if reached & (holding | towers):
-            features = bool(reached & towers) and not reached & (holding - towers)
+            features = bool(reached & towers) and not reached & ((holding - towers) | texts)
             ways[name] = features or (bool(reached & laying) and bool(reached & placed - laying))
     for name in public_methods(type(module), mixed_in=True):
         if names_reached(type(module), name, _MERGES):
