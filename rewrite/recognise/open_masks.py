@@ -204,6 +204,7 @@ def _add(node: fx.Node, is_open: Open) -> None:
         same = isinstance(before, torch.Tensor) and before.dtype == after.dtype and before.shape == after.shape
         if same and before.dtype.is_floating_point:
             node.replace_all_uses_with(kept)
+            node.graph.erase_node(node)
             return
 
 

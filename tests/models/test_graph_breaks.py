@@ -41,8 +41,9 @@ def test_every_site_is_found_and_every_break_told(name: str) -> None:
     with torch.no_grad():
         report = explain(known.build("sdpa"), dict(known.inputs(2)))
     assert len(report.sites) == known.truth
-    # Sizes that depend on data are read as such, so that these two stay whole; image grids that are looped over are not.
-    assert (report.graphs == 1) == (not report.breaks) == (name in ("idefics3", "smolvlm"))
+    # Sizes that depend on data are read as such (by Dynamo from 2.12 on), so that these two stay whole; image grids that are looped over
+    # are not.
+    assert (report.graphs == 1) == (not report.breaks) == (name in ("idefics3", "smolvlm") and torch.__version__ >= "2.12")
     assert all(one.where.count(":") == 1 and one.where.split(":")[0].endswith(".py") and one.reason for one in report.breaks)
     names = dict(known.build("sdpa").named_modules())
     assert all(site.qualified_name.split(":")[0] in names for site in report.sites)

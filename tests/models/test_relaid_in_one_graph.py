@@ -102,6 +102,7 @@ def test_nothing_changes_where_every_patch_stays() -> None:
         assert torch.equal(changed(**inputs).logits, packed(rows)(**inputs).logits)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo traces the model in one graph from 2.12 on")
 @pytest.mark.parametrize(
     ("packing", "one", "told"),
     [
