@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from rewrite import ModelCallError, NotApplicableError, rewrite
-from rewrite.ir.errors import NoAttentionError
 from tests.models.corpus.cases import BY_NAME, ENTRIES, EVERYTHING
 from tests.models.corpus.entry import Entry
-from tests.models.masked_rules import VISUAL, Prompts, setting
+from tests.models.masked_rules import VISUAL, Prompts
 from tests.models.oracles import Rule
-from tests.models.test_selection_on_corpus import ELSEWHERE
+from tests.models.test_selection_on_corpus import ELSEWHERE, rewritten_or_skipped
 
 STEPS = 3
 GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "pad_token_id": 0, "eos_token_id": None}
@@ -97,15 +96,8 @@ def by_the_original(entry: Entry, one: str, inputs: dict[str, Any]) -> torch.Ten
 @pytest.mark.parametrize(("name", "one"), chosen())
 def test_token_for_token(name: str, one: str) -> None:
     entry = BY_NAME[name]
-    inputs, implementation = dict(entry.inputs(2)), entry.implementations[0]
-    try:
-        text = setting(one, Prompts(entry, inputs))
-        with torch.no_grad():
-            changed = rewrite(entry.build(implementation), [text], example_inputs=inputs)
-    except (NotApplicableError, NoAttentionError) as refusal:
-        if not EVERYTHING:
-            raise
-        pytest.skip(str(refusal))
+    inputs = dict(entry.inputs(2))
+    changed = rewritten_or_skipped(Prompts(entry, inputs), one)
     with torch.no_grad():
         try:
             actual = changed.generate(**inputs, **GREEDY, max_new_tokens=STEPS)

@@ -50,6 +50,18 @@ def chosen() -> list[tuple[str, str]]:
     return [(name, one) for name, passes in table.items() for one in passes]
 
 
+def rewritten_or_skipped(prompts: Prompts, one: str) -> Any:
+    """The model under a pass; where every case is run, one that is refused is skipped, and the reason told."""
+    try:
+        text = setting(one, prompts) if one in VISUAL else PATCHES[one]
+        with torch.no_grad():
+            return rewrite(prompts.entry.build(prompts.entry.implementations[0]), [text], example_inputs=prompts.inputs)
+    except (NotApplicableError, NoAttentionError) as refusal:
+        if not EVERYTHING:
+            raise
+        pytest.skip(str(refusal))
+
+
 def touched(report: Report) -> Any:
     names = [site.qualified_name for site in report.sites if site.passes]
     return lambda site: any(name.endswith(site.name) for name in names)  # behind a break paths are shorter
@@ -58,16 +70,9 @@ def touched(report: Report) -> Any:
 @pytest.mark.parametrize(("name", "one"), chosen())
 def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: str) -> None:
     entry = BY_NAME[name]
-    inputs, implementation = dict(entry.inputs(2)), entry.implementations[0]
+    inputs = dict(entry.inputs(2))
     prompts = Prompts(entry, inputs)
-    try:
-        text = setting(one, prompts) if one in VISUAL else PATCHES[one]
-        with torch.no_grad():
-            changed = rewrite(entry.build(implementation), [text], example_inputs=inputs)
-    except (NotApplicableError, NoAttentionError) as refusal:
-        if not EVERYTHING:
-            raise
-        pytest.skip(str(refusal))
+    changed = rewritten_or_skipped(prompts, one)
     with torch.no_grad():
         actual = list(tensors(changed(**inputs)))
     if one in VISUAL:
@@ -77,7 +82,7 @@ def test_what_is_left_is_the_originals_with_the_others_masked(name: str, one: st
         oracle = of_patches(one, touched(changed.rewrite_report))
     real = inputs["attention_mask"].bool() if one in VISUAL else None
     oracle.joined = JOINED.get(name)
-    expected = list(tensors(oracle.run(entry.build(implementation), inputs)))
+    expected = list(tensors(oracle.run(entry.build(entry.implementations[0]), inputs)))
     alive = oracle.alive
     assert alive is not None
     assert oracle.groups if oracle.merges or oracle.fuses else not alive.all(), "no token left"
