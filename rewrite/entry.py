@@ -31,6 +31,7 @@ def install(session: Session) -> None:
                 Early(session, module, path).install()
     sites = [site.qualified_name for site in session.report.sites]
     changed = [site.qualified_name for site in session.report.sites if site.passes]
+    crosses = any(site.kind.startswith("cross") for site in session.report.sites)
     entries = entry_modules(sites, session.embeddings, session.root)
     for path in entries:
         module = modules[path]
@@ -38,7 +39,7 @@ def install(session: Session) -> None:
         Method(session, module, path, "forward").install()
         gridded = [name for name in changed if name in session.gridded]
         below = [_below(names, path) for names in (changed, gridded, session.embeddings, sorted(session.scoring))]
-        for name, whole in ways_in(module, *below).items():
+        for name, whole in ways_in(module, *below, crosses=crosses).items():
             (Method if whole else Driver)(session, module, path, name).install()
     for path in _holders(changed) - set(entries):
         if path in modules and not isinstance(modules[path], nn.ModuleList):

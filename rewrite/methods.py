@@ -30,6 +30,8 @@ def public_methods(kind: type[nn.Module], mixed_in: bool = False) -> dict[str, t
 
 # What puts vision features in the places of a text's visual tokens.
 _MERGES = frozenset({"masked_scatter", "masked_scatter_"})
+# What repeats the rows of an encoder's result for beams.
+_REPEATS = frozenset({"repeat_interleave"})
 
 
 def names_reached(kind: type[nn.Module], name: str, wanted: Collection[str]) -> set[str]:
@@ -55,13 +57,19 @@ def _names(code: types.CodeType) -> Iterator[str]:
 
 
 def ways_in(
-    module: nn.Module, sites: Sequence[str], gridded: Sequence[str], embeddings: Sequence[str], scoring: Sequence[str] = ()
+    module: nn.Module,
+    sites: Sequence[str],
+    gridded: Sequence[str],
+    embeddings: Sequence[str],
+    scoring: Sequence[str] = (),
+    *,
+    crosses: bool = False,
 ) -> Mapping[str, bool]:
-    """Methods of a module that reach sites, or give a text its visual tokens: name -> whether the method has to be captured as a whole.
+    """Methods of a module that reach sites, or bring tensors from one to another: name -> whether the method has to be captured as a whole.
 
     sites: names of the rewritten sites below the module, gridded: those of them whose tokens lie on a grid, embeddings: the modules that
     lay tokens out on one. scoring: the sites of vision towers by which patches are chosen; what makes features of these, with or without a
-    projection behind the tower, is one piece too.
+    projection behind the tower, is one piece too. crosses: the model has cross-attention, to what an encoder gave.
     """
     holding, placed, laying, towers = ({name.split(".")[0] for name in names} for names in (sites, gridded, embeddings, scoring))
     # A child that holds a text too is more than a tower.
@@ -73,7 +81,8 @@ def ways_in(
         if reached & (holding | towers):
             features = bool(reached & towers) and not reached & ((holding - towers) | texts)
             ways[name] = features or (bool(reached & laying) and bool(reached & placed - laying))
+    bringing = _MERGES | _REPEATS if crosses else _MERGES
     for name in public_methods(type(module), mixed_in=True):
-        if names_reached(type(module), name, _MERGES):
+        if names_reached(type(module), name, bringing):
             ways.setdefault(name, False)
     return ways

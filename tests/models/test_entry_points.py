@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rewrite import rewrite
-from rewrite.ir.errors import ModelCallError
+from rewrite.ir.errors import ModelCallError, NotApplicableError
 from tests.api.small import PASSES, close, deit, images, run
 from tests.models.architectures import rewritten
 from tests.models.corpus.transformers_bridged import BRIDGED
@@ -150,3 +150,23 @@ def test_ways_in_many_levels_deep() -> None:
     assert changed.rewrite_report.counts()["rewritten"] == 16
     assert not close(without_gradients(changed, tokens), without_gradients(model, tokens), 1e4)
     assert sys.getrecursionlimit() == limit
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_decoder_over_patches_that_left(beams: int) -> None:
+    """`generate()` calls the encoder by itself, and repeats what it gave for the beams."""
+    import transformers
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = transformers.ViTConfig(image_size=32, patch_size=8, **small)
+    text = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=50, is_decoder=True, add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, text)
+    config.decoder_start_token_id = config.pad_token_id = 1
+    torch.manual_seed(0)
+    model = transformers.VisionEncoderDecoderModel(config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    changed = rewritten(
+        model, ["evit(keep=0.5, layers=(0,), fuse=False)"], {"pixel_values": pixels, "decoder_input_ids": torch.ones(2, 3).long()}
+    )
+    with torch.no_grad(), pytest.raises(NotApplicableError, match=r"attends to what another part of the model gave .* left there by evit"):
+        changed.generate(pixel_values=pixels, num_beams=beams, do_sample=False, max_new_tokens=2, decoder_start_token_id=1, pad_token_id=1)

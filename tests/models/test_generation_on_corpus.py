@@ -114,8 +114,13 @@ def test_a_decoder_that_would_see_what_left_its_encoder(beams: int) -> None:
     """`generate()` calls the encoder by itself; called at once, the decoder does not see what left."""
     entry = BY_NAME["florence-2"]
     inputs = dict(entry.inputs(2))
-    with torch.no_grad():
-        changed = rewrite(entry.build(entry.implementations[0]), ["token_exit(layer=1)"], example_inputs=inputs)
+    told = r"layers.0.encoder_attn attends to .* tokens left there by token_exit\(layer=1\)"
+
+    def answer() -> Any:
+        changed = rewrite(entry.build(entry.implementations[0]), ["token_exit(layer=1)"], example_inputs=dict(entry.inputs(2)))
         del inputs["decoder_input_ids"]
-        with pytest.raises(NotApplicableError, match=r"layers.0.encoder_attn attends to .* tokens left there by token_exit\(layer=1\)"):
-            changed.generate(**inputs, do_sample=False, num_beams=beams, max_new_tokens=2)
+        return changed.generate(**inputs, do_sample=False, num_beams=beams, max_new_tokens=2)
+
+    # Up to torch 2.11 Dynamo cuts the model between the two, and it is refused at once.
+    with torch.no_grad(), pytest.raises(NotApplicableError, match=told):
+        answer()
