@@ -19,10 +19,10 @@ from rewrite.ir.selection import first_layer
 from rewrite.lower.cursor import Cursor, behind_inputs
 from rewrite.lower.interface import Extra, Produced
 from rewrite.lower.relaid import elements_handed
-from rewrite.recognise.operators import value_of
+from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.pictured import given_pictures
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.recognise.streams import is_parameter, reaches
+from rewrite.recognise.streams import is_parameter, reaches, same_tokens
 from rewrite.tokens import choose
 from rewrite.tokens.chosen import GIVEN, LOST, Chosen, Given, Held, Lost
 from rewrite.tokens.visual import CARRIED, VisualMerge, visual_mask_node, visual_merges
@@ -191,7 +191,9 @@ def _before(first: Found, carried: Mapping[fx.Node, Carried]) -> Carried | None:
     """What is known of the activation that enters a stack's first layer in this graph, where an earlier graph made it."""
     stream = first.stream
     source = None if stream is None else (stream if stream in carried else reaches(stream, set(carried)))
-    return None if source is None else carried[source]
+    # Features that are put into a text are none of its stream, however wide they are.
+    followed = source is not None and stream is not None and same_tokens(hinted_shape(source), hinted_shape(stream))
+    return carried[source] if source is not None and followed else None
 
 
 def require_all_or_none(program: Program, recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> None:

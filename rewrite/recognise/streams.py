@@ -135,12 +135,12 @@ def reaches(node: fx.Node, targets: set[fx.Node]) -> fx.Node | None:
             seen.add(previous)
             if previous in targets:
                 return previous
-            if _same_tokens(hinted_shape(previous), shape):
+            if same_tokens(hinted_shape(previous), shape):
                 queue.append(previous)
     return None
 
 
-def _same_tokens(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def same_tokens(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether shapes are equal but for how tokens lie on axes: [B, N, C], [B * N, C] and [B, H, W, C]."""
     return shape == other or (shape[-1:] == other[-1:] and len(shape) != len(other) and math.prod(shape) == math.prod(other))
 
