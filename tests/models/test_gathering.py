@@ -97,6 +97,7 @@ def test_gradients_go_through_what_was_gathered() -> None:
     same_gradients(changed, model)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="Dynamo traces the model in one graph from 2.12 on; cut, it is refused")
 def test_a_tower_without_cls_by_what_its_tokens_look_at() -> None:
     entry = BY_NAME["paligemma"]
     inputs = dict(entry.inputs(2))
@@ -116,7 +117,7 @@ def test_a_tower_without_cls_by_what_its_tokens_look_at() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(NotApplicableError, match="some had left before"):
+    with pytest.raises(NotApplicableError, match="some had left before|both choose among the patches"):
         rewritten(llava("sdpa"), ["dominant_contextual", "cls_prune"], llava_inputs())
     entry = BY_NAME["vipllava"]
     with pytest.raises(NotApplicableError, match="made of more than what leaves the layer"):
