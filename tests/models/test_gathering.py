@@ -117,7 +117,7 @@ def test_a_tower_without_cls_by_what_its_tokens_look_at() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(NotApplicableError, match="some had left before|both choose among the patches"):
+    with pytest.raises(NotApplicableError, match=r"some had left before|both choose among the patches"):
         rewritten(llava("sdpa"), ["dominant_contextual", "cls_prune"], llava_inputs())
     entry = BY_NAME["vipllava"]
     with pytest.raises(NotApplicableError, match="made of more than what leaves the layer"):
