@@ -22,7 +22,7 @@ from rewrite.lower.relaid import elements_handed
 from rewrite.recognise.operators import hinted_shape, value_of
 from rewrite.recognise.pictured import given_pictures
 from rewrite.recognise.sites import Found, Recognition
-from rewrite.recognise.streams import is_parameter, reaches, same_tokens
+from rewrite.recognise.streams import ancestors, is_parameter, reaches, same_tokens
 from rewrite.tokens import choose
 from rewrite.tokens.chosen import GIVEN, LOST, Chosen, Given, Held, Lost
 from rewrite.tokens.visual import CARRIED, VisualMerge, visual_mask_node, visual_merges
@@ -192,8 +192,9 @@ def _before(first: Found, carried: Mapping[fx.Node, Carried]) -> Carried | None:
     stream = first.stream
     source = None if stream is None else (stream if stream in carried else reaches(stream, set(carried)))
     # Features that are put into a text are none of its stream, however wide they are.
-    followed = source is not None and stream is not None and same_tokens(hinted_shape(source), hinted_shape(stream))
-    return carried[source] if source is not None and followed else None
+    if source is None or stream is None or not same_tokens(hinted_shape(source), hinted_shape(stream)):
+        return None
+    return carried[source]
 
 
 def require_all_or_none(program: Program, recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> None:
@@ -223,23 +224,13 @@ def require_hidden(recognition: Recognition, carried: Mapping[fx.Node, Carried])
     """
     left = {node: known.left for node, known in carried.items() if known.left}
     for entry in recognition.found if left else ():
-        source = None if entry.site.kind == "self" else next((node for node in _inputs_of(entry.region.key.node) if node in left), None)
+        source = None if entry.site.kind == "self" else min(ancestors([entry.region.key.node]) & left.keys(), default=None)
         if source is not None:
             raise NotApplicableError(
                 f"{entry.site.name} attends to what another part of the model gave in a call or graph of its own; tokens left there by "
                 f"{', '.join(sorted(set(left[source])))}, and here they would be seen again: call the whole model at once, or leave that "
                 "pass out"
             )
-
-
-def _inputs_of(node: fx.Node) -> set[fx.Node]:
-    """The inputs of a graph that a node is computed from."""
-    stack, seen = [node], {node}
-    while stack:
-        fresh = [one for one in stack.pop().all_input_nodes if one not in seen]
-        seen.update(fresh)
-        stack += fresh
-    return {one for one in seen if one.op == "placeholder"}
 
 
 def leaving(graph: fx.Graph, recognition: Recognition, carried: Mapping[fx.Node, Carried]) -> list[Leaving]:

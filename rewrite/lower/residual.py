@@ -8,6 +8,7 @@ from torch import fx
 
 from rewrite.recognise.operators import canonical, hinted_shape
 from rewrite.recognise.sites import Found
+from rewrite.recognise.streams import ancestors
 
 
 def behind_attention(entry: Found, stream: fx.Node) -> fx.Node | None:
@@ -37,11 +38,5 @@ def _added_to(stream: fx.Node, source: fx.Node) -> fx.Node | None:
 def beside_layers(graph: fx.Graph, entries: Sequence[Found]) -> set[fx.Node]:
     """All nodes that no layer of a stack is made of; none where the end of a layer is not found."""
     ends = [behind_layer(entry) for entry in entries]
-    left = [node for entry, end in zip(entries, ends, strict=True) for node in (entry.region.output, end) if node is not None]
-    inside: set[fx.Node] = set()
-    while left:
-        node = left.pop()
-        if node not in inside:
-            inside.add(node)
-            left += node.all_input_nodes
-    return set() if None in ends else set(graph.nodes) - inside
+    made = [node for entry, end in zip(entries, ends, strict=True) for node in (entry.region.output, end) if node is not None]
+    return set() if None in ends else set(graph.nodes) - ancestors(made)

@@ -9,6 +9,7 @@ from torch import fx
 
 from rewrite.recognise.operators import canonical, hinted_shape
 from rewrite.recognise.region import Region
+from rewrite.recognise.streams import ancestors
 from rewrite.tokens import rules
 from rewrite.tokens.chosen import GIVEN
 from rewrite.tokens.layout import TokenLayouts
@@ -39,7 +40,7 @@ def patches_behind(node: fx.Node, layouts: TokenLayouts) -> bool:
 def tower_behind(patches: fx.Node, regions: Iterable[tuple[str, Region]], layouts: TokenLayouts) -> str | None:
     """The name of the last attention that pictures went through in their vision tower; None where there is none."""
     lies = layouts.of(patches)
-    behind, passed = _ancestors(patches), list[str]()
+    behind, passed = ancestors([patches]), list[str]()
     for name, region in regions:
         at = layouts.of_operand(region.query.node, region.query.layout.steps(), axis=2)
         if region.output in behind and at is not None and lies is not None and at.grid == lies.grid:
@@ -116,13 +117,3 @@ def _all_pictures(node: fx.Node) -> fx.Node | None:
         return None
     whole = _stacked(wholes.pop())
     return whole if whole is not None and shape_of(whole)[0] == len(parts) else None
-
-
-def _ancestors(node: fx.Node) -> set[fx.Node]:
-    found, stack = {node}, [node]
-    while stack:
-        for previous in stack.pop().all_input_nodes:
-            if previous not in found:
-                found.add(previous)
-                stack.append(previous)
-    return found

@@ -140,6 +140,17 @@ def reaches(node: fx.Node, targets: set[fx.Node]) -> fx.Node | None:
     return None
 
 
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes, and all that they are computed from."""
+    found = set(nodes)
+    stack = list(found)
+    while stack:
+        fresh = [one for one in stack.pop().all_input_nodes if one not in found]
+        found.update(fresh)
+        stack += fresh
+    return found
+
+
 def same_tokens(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether shapes are equal but for how tokens lie on axes: [B, N, C], [B * N, C] and [B, H, W, C]."""
     return shape == other or (shape[-1:] == other[-1:] and len(shape) != len(other) and math.prod(shape) == math.prod(other))
